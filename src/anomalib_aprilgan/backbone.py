@@ -1,0 +1,435 @@
+"""The frozen CLIP: patch tokens of the tapped stages, image feature, text features.
+
+The only module that imports open_clip, and only when a backbone is asked for: importing
+open_clip takes seconds. Supports 2.24 (blocks run ``(L, B, C)``) and 3.x (``(B, L, C)``).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from .weights import WeightsUnavailableError, fetch, is_offline, read_state_dict, verify_sha256
+
+if TYPE_CHECKING:
+    import open_clip
+
+logger = logging.getLogger(__name__)
+
+# Names under which repositories of open_clip models keep their weights, best first.
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+class VisionOutput(NamedTuple):
+    """What one pass of the vision tower gives.
+
+    Attributes:
+        patch_tokens: Per tapped stage ``(B, L, C)``, ascending: the residual stream after the
+            block, class token removed, before the last normalisation and projection.
+        image_feature: ``(B, D)``, not normalised.
+    """
+
+    patch_tokens: list[Tensor]
+    image_feature: Tensor
+
+
+@dataclass(frozen=True)
+class ClipArchitecture:
+    """An open_clip architecture with a plain ViT, at one image size and with one activation.
+
+    Attributes:
+        name: Name or file it came from.
+        config: open_clip's model configuration, image size and activation set.
+        image_size: Height and width in pixels.
+    """
+
+    name: str
+    config: dict[str, Any]
+    image_size: tuple[int, int]
+
+    @classmethod
+    def load(cls, backbone: str, image_size: tuple[int, int], quick_gelu: bool | None) -> ClipArchitecture:
+        """Architecture of an open_clip name or a model-config JSON, its activation decided here.
+
+        open_clip picks QuickGELU or GELU differently by version and by tag; the published adapters
+        were trained with whatever the configuration of the architecture says (SPEC of the authors'
+        factory: GELU for ViT-L-14-336).
+
+        Args:
+            backbone: Architecture name, or path of a JSON file.
+            image_size: Height and width in pixels.
+            quick_gelu: Activation of both towers; ``None`` takes the configuration's.
+
+        Raises:
+            ValueError: Unknown or unsuitable architecture, or a size that the patches do not tile.
+            FileNotFoundError: The JSON file is missing.
+        """
+        config = copy.deepcopy(_read_config(backbone))
+        vision = config.get("vision_cfg", {})
+        unsuitable = (
+            "timm_model_name" in vision
+            or not isinstance(vision.get("layers"), int)
+            or vision.get("attentional_pool")
+            or "multimodal_cfg" in config
+            or config.get("custom_text")
+            or "hf_model_name" in config.get("text_cfg", {})
+        )
+        if unsuitable:
+            msg = f"`backbone` must be a CLIP with open_clip's plain ViT and text transformer, got {backbone!r}."
+            raise ValueError(msg)
+        patch = vision["patch_size"]
+        if any(side <= 0 or side % patch for side in image_size):
+            nearest = " x ".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
+            msg = (
+                f"`image_size` must be a multiple of {backbone}'s patch of {patch} pixels, "
+                f"got {image_size[0]} x {image_size[1]}. The nearest that fits is {nearest}."
+            )
+            raise ValueError(msg)
+        vision["image_size"] = list(image_size)
+        config["quick_gelu"] = config.get("quick_gelu", False) if quick_gelu is None else quick_gelu
+        return cls(backbone, config, image_size)
+
+    @property
+    def width(self) -> int:
+        """Width ``C`` of the vision tower."""
+        return int(self.config["vision_cfg"]["width"])
+
+    @property
+    def embed_dim(self) -> int:
+        """Width ``D`` of the joint space."""
+        return int(self.config["embed_dim"])
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the vision tower: the last stage that can be tapped."""
+        return int(self.config["vision_cfg"]["layers"])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        patch = self.config["vision_cfg"]["patch_size"]
+        return self.image_size[0] // patch, self.image_size[1] // patch
+
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether both towers run QuickGELU rather than GELU."""
+        return bool(self.config["quick_gelu"])
+
+    def check_stages(self, stages: Sequence[int], argument: str = "stages") -> tuple[int, ...]:
+        """The stages in ascending order.
+
+        Raises:
+            ValueError: None given, out of range, or one given twice (the authors drop those silently).
+        """
+        if not stages:
+            msg = f"`{argument}` must name at least one block of {self.name}, got none."
+            raise ValueError(msg)
+        for stage in stages:
+            if isinstance(stage, bool) or not isinstance(stage, int) or not 1 <= stage <= self.depth:
+                msg = f"`{argument}` must lie in [1, {self.depth}] for {self.name}, got {stage!r}."
+                raise ValueError(msg)
+        if len(set(stages)) != len(stages):
+            msg = f"`{argument}` must be different blocks, got {tuple(stages)}."
+            raise ValueError(msg)
+        return tuple(sorted(stages))
+
+
+class ClipBackbone(nn.Module):
+    """A frozen CLIP with tapped vision stages.
+
+    Parameters never require gradients and the module stays in eval mode through ``train()``.
+
+    Args:
+        architecture: What to build.
+        state_dict: Weights in open_clip's layout, positional embedding at any size.
+        source: Where the weights came from, for the error.
+
+    Raises:
+        ValueError: The weights are not those of this architecture.
+    """
+
+    def __init__(self, architecture: ClipArchitecture, state_dict: dict[str, Tensor], source: str) -> None:
+        super().__init__()
+        import open_clip
+
+        self.architecture = architecture
+        clip = _instantiate(architecture)
+        _load_weights(clip, architecture, state_dict, source)
+        self.visual = clip.visual
+        clip.visual = None  # the rest of it is the text tower
+        self.text: open_clip.CLIP | None = clip
+        self.requires_grad_(requires_grad=False)
+        self.train(mode=False)
+
+    def train(self, mode: bool = True) -> ClipBackbone:
+        """Stay in eval mode: CLIP is frozen."""
+        del mode
+        return super().train(mode=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short name of these weights: a hash of the image projection, the same for every file format."""
+        projection = self.visual.proj.detach().float().cpu().contiguous().numpy().tobytes()
+        return hashlib.sha256(projection).hexdigest()[:16]
+
+    def forward(self, images: Tensor, stages: Iterable[int]) -> VisionOutput:
+        """One pass of the vision tower.
+
+        Args:
+            images: ``(B, 3, H, W)``, resized and normalised.
+            stages: Blocks to tap, counted from 1, in ascending order.
+
+        Returns:
+            Patch tokens and image feature.
+        """
+        visual = self.visual
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)
+        class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        stream = torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+        stream = visual.ln_pre(visual.patch_dropout(stream))
+        tapped = set(stages)
+        patch_tokens = []
+        for stage, stream in enumerate(_run_blocks(visual.transformer, stream), start=1):  # noqa: B020  # the stream is what changes
+            if stage in tapped:
+                patch_tokens.append(stream[:, 1:])
+        if visual.final_ln_after_pool:
+            pooled = visual.ln_post(visual._global_pool(stream)[0])  # noqa: SLF001  # the same in 2.24 and 3.x
+        else:
+            pooled = visual._global_pool(visual.ln_post(stream))[0]  # noqa: SLF001
+        return VisionOutput(patch_tokens, pooled @ visual.proj)
+
+    @torch.no_grad()
+    def encode_states(self, normal: list[str], anomalous: list[str]) -> Tensor:
+        """Text features of a class: every sentence normalised, averaged, normalised (authors' prompt_ensemble.py).
+
+        Args:
+            normal: Sentences about a good part.
+            anomalous: Sentences about a bad part.
+
+        Returns:
+            ``(D, 2)``, unit columns: normal, anomalous.
+
+        Raises:
+            RuntimeError: The text tower was left out.
+        """
+        features = [
+            F.normalize(F.normalize(self.encode_text(sentences), dim=-1).mean(dim=0), dim=-1)
+            for sentences in (normal, anomalous)
+        ]
+        return torch.stack(features, dim=1)
+
+    def encode_text(self, sentences: list[str], *, cut_context: bool = True) -> Tensor:
+        """Text features of sentences, in fp32.
+
+        A causal tower that pools at the end token never looks behind it, so the context is cut to
+        the longest sentence: the same features for a third of the work or less.
+
+        Args:
+            sentences: What to encode.
+            cut_context: Whether to cut; off only to measure what it saves.
+
+        Returns:
+            ``(len(sentences), D)``, not normalised.
+
+        Raises:
+            RuntimeError: The text tower was left out.
+        """
+        text = self.text
+        if text is None:
+            msg = "This backbone carries no text tower (an exported model): class names cannot be encoded any more."
+            raise RuntimeError(msg)
+        tokens = self._tokenizer()(sentences).to(text.positional_embedding.device)
+        ends = _end_positions(text, tokens)
+        causal = text.attn_mask is not None and ends is not None
+        length = int(ends.max()) + 1 if causal and cut_context else tokens.shape[1]
+        tokens = tokens[:, :length]
+        embedded = text.token_embedding(tokens).float() + text.positional_embedding[:length].float()
+        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+        *_, stream = _run_blocks(text.transformer, embedded, mask)
+        stream = text.ln_final(stream)
+        if ends is None:
+            pooled = stream[:, 0 if text.text_pool_type == "first" else -1]
+        else:
+            pooled = stream[torch.arange(len(stream), device=stream.device), ends]
+        projection = text.text_projection
+        if projection is None:
+            return pooled
+        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+    def _tokenizer(self) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
+        import open_clip
+
+        config = self.architecture.config["text_cfg"]
+        context_length = config.get("context_length", 77)
+        options = config.get("tokenizer_kwargs") or {}
+        if config.get("hf_tokenizer_name"):
+            return open_clip.HFTokenizer(config["hf_tokenizer_name"], context_length=context_length, **options)
+        return open_clip.SimpleTokenizer(context_length=context_length, **options)
+
+
+def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
+    """The frozen CLIP with the weights of a file or an open_clip tag.
+
+    Args:
+        architecture: What to build.
+        pretrained: Path of a weight file, or a tag of open_clip ("openai").
+
+    Raises:
+        FileNotFoundError: The file is missing, or the tag's weights cannot be had.
+        ValueError: Unknown tag, or a file that is damaged or fits another architecture.
+    """
+    path = Path(pretrained).expanduser()
+    if not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            msg = f"`pretrained`: no weight file {path}. Pass an existing file or an open_clip tag such as 'openai'."
+            raise FileNotFoundError(msg)
+        path = _find_pretrained(architecture.name, pretrained)
+    return ClipBackbone(architecture, read_state_dict(path, "pretrained"), str(path))
+
+
+def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Channel means and standard deviations a tag's weights were trained with; ``None`` for files and unknown tags."""
+    import open_clip
+
+    config = open_clip.get_pretrained_cfg(backbone, pretrained)
+    return (tuple(config["mean"]), tuple(config["std"])) if config.get("mean") and config.get("std") else None
+
+
+def _read_config(backbone: str) -> dict[str, Any]:
+    path = Path(backbone).expanduser()
+    if path.suffix == ".json":
+        if not path.is_file():
+            msg = f"`backbone`: no model-config file {path}."
+            raise FileNotFoundError(msg)
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            msg = f"`backbone`: {path} is not JSON: {error}"
+            raise ValueError(msg) from error
+        # Files on model hubs wrap the configuration.
+        config = config.get("model_cfg", config) if isinstance(config, dict) else {}
+        if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+            msg = f"`backbone`: {path} must be an open_clip model config with embed_dim, vision_cfg and text_cfg."
+            raise ValueError(msg)
+        return dict(config)
+    import open_clip
+
+    config = open_clip.get_model_config(backbone)
+    if config is None:
+        known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-"))
+        msg = f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. Known: {known}."
+        raise ValueError(msg)
+    return dict(config)
+
+
+def _instantiate(architecture: ClipArchitecture) -> open_clip.CLIP:
+    import open_clip
+
+    try:
+        return open_clip.CLIP(**copy.deepcopy(architecture.config))
+    except TypeError as error:
+        msg = f"`backbone`: open_clip {open_clip.__version__} cannot build {architecture.name}: {error}"
+        raise ValueError(msg) from error
+
+
+def _load_weights(
+    clip: open_clip.CLIP,
+    architecture: ClipArchitecture,
+    state_dict: dict[str, Tensor],
+    source: str,
+) -> None:
+    from open_clip.model import resize_pos_embed
+
+    state_dict = dict(state_dict)
+    if "logit_scale" in state_dict:
+        state_dict["logit_scale"] = state_dict["logit_scale"].reshape(clip.logit_scale.shape)
+    try:
+        # Bicubic, antialiased, class row untouched (open_clip's own, as in the authors' copy).
+        resize_pos_embed(state_dict, clip)
+        clip.load_state_dict(state_dict)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        msg = f"`pretrained`: the weights of {source} are not those of {architecture.name}: {reason[:400]}"
+        raise ValueError(msg) from error
+
+
+def _run_blocks(transformer: nn.Module, stream: Tensor, mask: Tensor | None = None) -> Iterable[Tensor]:
+    """The residual stream ``(B, L, C)`` after every block, whichever layout open_clip's blocks want."""
+    batch_first = getattr(transformer, "batch_first", False)  # 2.24 has no such choice: (L, B, C)
+    stream = stream if batch_first else stream.transpose(0, 1)
+    for block in transformer.resblocks:
+        stream = block(stream, attn_mask=mask)
+        yield stream if batch_first else stream.transpose(0, 1)
+
+
+def _end_positions(text: open_clip.CLIP, tokens: Tensor) -> Tensor | None:
+    """Index of every sentence's end token; ``None`` for a tower that pools elsewhere."""
+    if text.text_pool_type == "argmax":
+        return tokens.argmax(dim=-1)
+    if text.text_pool_type == "eos":
+        return (tokens == text.text_eos_id).int().argmax(dim=-1)
+    return None
+
+
+def _find_pretrained(backbone: str, tag: str) -> Path:
+    """File with the weights of an open_clip tag: from a cache, else downloaded unless the user is offline."""
+    import open_clip
+
+    config = open_clip.get_pretrained_cfg(backbone, tag)
+    if not config:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(backbone)) or "none: pass a file"
+        msg = f"`pretrained` must be a weight file or a tag of {backbone} ({tags}), got {tag!r}."
+        raise ValueError(msg)
+    url, hub = config.get("url", ""), config.get("hf_hub", "")
+    repository, _, file_name = hub.rpartition("/")
+    hub_files = (file_name,) if file_name else _HUB_FILES
+    for name in hub_files if hub else ():
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    target = Path.home() / ".cache" / "clip" / Path(url).name  # where open_clip keeps them
+    digest = Path(url).parent.name if "openaipublic" in url else ""
+    if url and target.is_file():
+        verify_sha256(digest)(target)
+        return target
+    places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files if hub]
+    places += [str(target)] if url else []
+    remedy = f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`."
+    if is_offline():
+        msg = f"`pretrained={tag!r}`: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"
+        raise WeightsUnavailableError(msg)
+    try:
+        if hub:
+            return _download_from_hub(repository, hub_files)
+        fetch(url, target, verify_sha256(digest))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        msg = f"`pretrained={tag!r}`: the weights of {backbone} could not be fetched ({type(error).__name__}). {remedy}"
+        raise WeightsUnavailableError(msg) from error
+    return target
+
+
+def _download_from_hub(repository: str, names: Sequence[str]) -> Path:
+    """The first of these files that the repository has."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    *others, last = names
+    for name in others:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError:
+            raise  # no network, rather than no such file
+        except EntryNotFoundError:
+            continue
+    return Path(hf_hub_download(repository, last))

@@ -1,0 +1,87 @@
+"""The losses that train the adapters: focal and dice on the probability map of every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMOOTHING = 1e-5
+
+
+def focal_loss(probabilities: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss on probabilities, as the authors train with it (loss.py, alpha=None).
+
+    ``mean(-(1 - p_t)^gamma * log p_t)`` with ``p_t`` the probability of the true channel, the
+    one-hot target clamped to ``[1e-5, 1 - 1e-5]`` and ``1e-5`` added.
+
+    Args:
+        probabilities: ``(B, 2, H, W)``: normal, anomalous.
+        target: ``(B, H, W)``, 1 (or true) where anomalous.
+        gamma: Focusing exponent; 0 gives cross entropy.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    _check_shapes(probabilities, target)
+    one_hot = F.one_hot(target.long(), num_classes=2).movedim(-1, 1).to(probabilities.dtype)
+    one_hot = one_hot.clamp(SMOOTHING, 1.0 - SMOOTHING)
+    true_probability = (one_hot * probabilities).sum(dim=1) + SMOOTHING
+    return (-((1.0 - true_probability) ** gamma) * true_probability.log()).mean()
+
+
+def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
+    """One minus the dice overlap of every image, averaged over the batch (authors' BinaryDiceLoss).
+
+    The authors squeeze the mask of a batch of one and then average over its rows; here it is
+    always per image.
+
+    Args:
+        probability: ``(B, H, W)`` anomalous probability.
+        target: ``(B, H, W)``, 1 (or true) where anomalous.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if probability.shape != target.shape:
+        msg = f"`probability` and `target` must have one shape, got {_shape(probability)} and {_shape(target)}."
+        raise ValueError(msg)
+    predicted, expected = probability.flatten(1), target.flatten(1).to(probability.dtype)
+    overlap = (predicted * expected).sum(dim=1)
+    return 1.0 - ((2.0 * overlap + 1.0) / (predicted.sum(dim=1) + expected.sum(dim=1) + 1.0)).mean()
+
+
+def adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Focal plus dice loss, summed over the stages: what the paper minimises.
+
+    Args:
+        stage_probabilities: Per stage ``(B, 2, H, W)``: normal, anomalous.
+        target: ``(B, H, W)`` masks.
+
+    Returns:
+        Scalar.
+    """
+    losses = [focal_loss(maps, target) + dice_loss(maps[:, 1], target) for maps in stage_probabilities]
+    return torch.stack(losses).sum()
+
+
+def _check_shapes(probabilities: Tensor, target: Tensor) -> None:
+    expected = (probabilities.shape[0], *probabilities.shape[2:])
+    if probabilities.ndim != 4 or probabilities.shape[1] != 2 or tuple(target.shape) != expected:
+        msg = (
+            "`probabilities` must be (B, 2, H, W) and `target` (B, H, W), "
+            f"got {_shape(probabilities)} and {_shape(target)}."
+        )
+        raise ValueError(msg)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,208 @@
+"""From raw outputs to decisions: fusion of text and map, thresholds, and a scale without ties."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+# Share of the scale at either end that is kept for values beyond the bounds.
+TAIL = 1e-3
+
+
+class AprilGANPostProcessor(PostProcessor):
+    """anomalib's post-processor with the fusion of the few-shot score and a strictly increasing scale.
+
+    In validation it learns, as anomalib's does, the range and the best-F1 threshold of scores and
+    maps. Until then documented defaults hold: scores are probabilities cut at 0.5, maps run from 0
+    to ``map_limit`` and are cut in the middle. All of it lives in buffers, which checkpoints and
+    exports carry.
+
+    The few-shot score is half the text probability plus half the map maximum, the latter scaled to
+    ``[0, 1]`` by bounds (arXiv:2305.17382, sec. 2.2). The authors take the bounds from the test
+    images of the class; here they are learned in validation, which is the same where the
+    validation set is the test set (anomalib's default), and set beforehand otherwise, so that an
+    image can be scored alone.
+
+    Args:
+        map_limit: Highest value a map can be expected to take.
+        fuse_map_maximum: Whether the score is fused (few-shot) or the text probability (zero-shot).
+        enable_normalization: Whether scores and maps are put on the scale where 0.5 is the threshold.
+        enable_thresholding: Whether labels and masks are derived.
+        image_sensitivity: One minus the normalised score above which an image is anomalous.
+        pixel_sensitivity: The same for pixels.
+    """
+
+    def __init__(
+        self,
+        map_limit: float = 4.0,
+        fuse_map_maximum: bool = False,
+        enable_normalization: bool = True,
+        enable_thresholding: bool = True,
+        image_sensitivity: float = 0.5,
+        pixel_sensitivity: float = 0.5,
+    ) -> None:
+        super().__init__(
+            enable_normalization=enable_normalization,
+            enable_thresholding=enable_thresholding,
+            enable_threshold_matching=False,  # scores and maps have different scales
+            image_sensitivity=image_sensitivity,
+            pixel_sensitivity=pixel_sensitivity,
+        )
+        self.fuse_map_maximum = fuse_map_maximum
+        self._validation_scores = _ScoreStore()
+        self.register_buffer("map_maximum_min", torch.tensor(0.0))
+        self.register_buffer("map_maximum_max", torch.tensor(float(map_limit)))
+        self.map_maximum_min: Tensor
+        self.map_maximum_max: Tensor
+        self.set_defaults(map_limit)
+
+    def set_defaults(self, map_limit: float) -> None:
+        """Bounds and thresholds for the case that no validation data will tell better ones."""
+        defaults = {
+            "image_min": 0.0,
+            "_image_threshold": 0.5,
+            "image_max": 1.0,
+            "pixel_min": 0.0,
+            "_pixel_threshold": map_limit / 2.0,
+            "pixel_max": map_limit,
+            "map_maximum_min": 0.0,
+            "map_maximum_max": map_limit,
+        }
+        for name, value in defaults.items():
+            getattr(self, name).fill_(value)
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "fuse_map_maximum")
+
+    def fuse(self, text_probability: Tensor, anomaly_map: Tensor) -> Tensor:
+        """Published few-shot score: ``0.5 * (text + minmax(max of the map))``.
+
+        Args:
+            text_probability: ``(B,)`` in ``[0, 1]``.
+            anomaly_map: ``(B, H, W)``, raw.
+
+        Returns:
+            ``(B,)``; within ``[0, 1]`` where the map maximum is within its bounds.
+        """
+        return self._fuse_maximum(text_probability, anomaly_map.flatten(1).amax(dim=1))
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Fused, scaled and thresholded predictions."""
+        return super().forward(self._fused(predictions))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Batch,
+        *args: Any,  # noqa: ANN401  # anomalib's signature
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Collect what the bounds and thresholds are learned from."""
+        if not self.fuse_map_maximum:
+            super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+            return
+        self._validation_scores.update(outputs.pred_score, outputs.anomaly_map, outputs.gt_label)
+        if self.enable_thresholding:
+            self._pixel_threshold_metric.update(outputs)
+        if self.enable_normalization:
+            self._pixel_min_max_metric.update(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn the bounds of the map maximum first: the fused scores need them."""
+        if self._validation_scores.update_called:
+            text_probability, map_maximum, label = self._validation_scores.compute()
+            self._validation_scores.reset()
+            self.map_maximum_min.copy_(map_maximum.min())
+            self.map_maximum_max.copy_(map_maximum.max())
+            fused = self._fuse_maximum(text_probability, map_maximum)
+            scores = SimpleNamespace(pred_score=fused, gt_label=label)
+            if self.enable_thresholding and label is not None:
+                self._image_threshold_metric.update(scores)
+            if self.enable_normalization:
+                self._image_min_max_metric.update(scores)
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Fuse, scale and threshold a batch in place (test and predict)."""
+        if self.fuse_map_maximum:
+            batch.pred_score = self.fuse(batch.pred_score, batch.anomaly_map)
+        super().post_process_batch(batch)
+
+    def _fused(self, predictions: InferenceBatch) -> InferenceBatch:
+        if not self.fuse_map_maximum:
+            return predictions
+        return predictions._replace(pred_score=self.fuse(predictions.pred_score, predictions.anomaly_map))
+
+    def _fuse_maximum(self, text_probability: Tensor, map_maximum: Tensor) -> Tensor:
+        span = self.map_maximum_max - self.map_maximum_min
+        scaled = (map_maximum - self.map_maximum_min) / torch.where(span == 0, torch.ones_like(span), span)
+        return 0.5 * (text_probability + scaled)
+
+    @staticmethod
+    def _normalize(preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:
+        return None if preds is None else scale_between(preds, norm_min, threshold, norm_max)
+
+
+def scale_between(values: Tensor, low: Tensor, threshold: Tensor, high: Tensor) -> Tensor:
+    """Strictly increasing scale onto the open interval (0, 1) with the threshold at 0.5.
+
+    Piecewise linear through ``low -> 0.001``, ``threshold -> 0.5``, ``high -> 0.999``; what lies
+    beyond the bounds approaches 0 and 1 without reaching them. anomalib's own scale clamps there,
+    and metrics computed after it see ties; torchmetrics in turn takes anything outside ``[0, 1]``
+    for logits. Where the threshold lies at an end of the range, the other side's slope serves both.
+
+    Args:
+        values: Any shape.
+        low: Scalar, lower bound.
+        threshold: Scalar.
+        high: Scalar, upper bound.
+
+    Returns:
+        Same shape as ``values``.
+    """
+    low, high = torch.minimum(low, threshold), torch.maximum(high, threshold)
+    below, above = threshold - low, high - threshold
+    below, above = torch.where(below > 0, below, above), torch.where(above > 0, above, below)
+    below = torch.where(below > 0, below, torch.ones_like(below))
+    above = torch.where(above > 0, above, torch.ones_like(above))
+    offset = values - threshold
+    distance = offset.abs() / torch.where(offset < 0, below, above)
+    # Linear up to 1, then a hyperbola that leaves with the same slope.
+    inside = (0.5 - TAIL) * distance
+    beyond = 0.5 - TAIL / (1.0 + (0.5 - TAIL) / TAIL * (distance - 1.0).clamp(min=0.0))
+    half = torch.where(distance <= 1.0, inside, beyond)
+    return torch.where(offset < 0, 0.5 - half, 0.5 + half)
+
+
+class _ScoreStore(Metric):
+    """Text probability, map maximum and label of every validation image, gathered across processes."""
+
+    full_state_update = False
+    text_probability: list[Tensor]
+    map_maximum: list[Tensor]
+    label: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("text_probability", "map_maximum", "label"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, text_probability: Tensor, anomaly_map: Tensor, label: Tensor | None) -> None:
+        self.text_probability.append(text_probability)
+        self.map_maximum.append(anomaly_map.flatten(1).amax(dim=1))
+        if label is not None:
+            self.label.append(label)
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        label = dim_zero_cat(self.label) if self.label else None
+        return dim_zero_cat(self.text_probability), dim_zero_cat(self.map_maximum), label

@@ -1,0 +1,149 @@
+"""From an image to what CLIP sees: the same 8-bit antialiased resize in Engine, ``forward`` and every export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
+from torchvision.tv_tensors import Mask, wrap
+
+# CLIP's own statistics (open_clip.constants.OPENAI_DATASET_MEAN / _STD).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class EightBitResize(Resize):
+    """Antialiased resize as Pillow does it on 8-bit pixels: quantise, filter the rows, the columns, quantise.
+
+    The published results rest on Pillow's resize. torchvision's differs on float images, OpenVINO
+    drops the antialias flag of ONNX's operator without a word, and anomalib exports without
+    antialias. So the resize is written as two products with filter matrices: one arithmetic for
+    data loading, ``forward`` and export, within one 8-bit step of Pillow. It is a subclass of
+    torchvision's ``Resize`` because anomalib's datamodules look for one.
+
+    Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as
+    floats on the 1/255 grid. Masks are set where above zero, resized bilinear and cut at one half.
+
+    Args:
+        size: Height and width of the result in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401  # torchvision's signature
+        """Resize one image or mask; anything else passes."""
+        del params
+        height, width = self.size
+        if isinstance(inpt, Mask):
+            return wrap(resize_mask(inpt.as_subclass(Tensor), (height, width)), like=inpt)
+        if isinstance(inpt, Tensor):
+            resized = resize_image(inpt.as_subclass(Tensor), (height, width))
+            return wrap(resized, like=inpt) if type(inpt) is not Tensor else resized
+        return super().transform(inpt, {})
+
+
+class AprilGANPreProcessor(PreProcessor):
+    """Resize and normalisation of the published method (authors' dataset.py and train.py).
+
+    Args:
+        image_size: Height and width in pixels.
+        mean: Channel means in ``[0, 1]``.
+        std: Channel standard deviations in ``[0, 1]``.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        mean: tuple[float, ...] = CLIP_MEAN,
+        std: tuple[float, ...] = CLIP_STD,
+    ) -> None:
+        super().__init__(Compose([EightBitResize(image_size), Normalize(mean=list(mean), std=list(std))]))
+        # anomalib would export a copy with antialiasing switched off.
+        self.export_transform = self.transform
+        self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Plain data from which the transforms are rebuilt (anomalib's own way knows only its own transforms)."""
+        return {"image_size": list(self.image_size), "mean": list(self.mean), "std": list(self.std)}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore what :meth:`checkpoint_config` returned."""
+        height, width = config["image_size"]
+        restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]))
+        self.transform = self.export_transform = restored.transform
+        self.image_size, self.mean, self.std = restored.image_size, restored.mean, restored.std
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic antialiased resize on 8-bit pixels.
+
+    Args:
+        image: ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``.
+        size: Height and width of the result.
+
+    Returns:
+        ``(..., *size)``, float32 in ``[0, 1]``, multiples of 1/255.
+    """
+    pixels = image.float() if image.dtype == torch.uint8 else (image * 255.0).float()
+    return _resize_eight_bit(_to_eight_bit(pixels), size, _bicubic) / 255.0
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear antialiased resize of a binary mask on 8-bit pixels, then cut at one half (authors' dataset.py).
+
+    Args:
+        mask: ``(..., H, W)``, set where above zero.
+        size: Height and width of the result.
+
+    Returns:
+        ``(..., *size)``, 0 or 1 in the dtype of ``mask``.
+    """
+    if tuple(mask.shape[-2:]) == tuple(size):
+        return (mask > 0).to(mask.dtype)
+    return (_resize_eight_bit((mask > 0).float() * 255.0, size, _bilinear) > 127.5).to(mask.dtype)
+
+
+def _resize_eight_bit(pixels: Tensor, size: tuple[int, int], kernel: Callable[[Tensor], Tensor]) -> Tensor:
+    height, width = pixels.shape[-2:]
+    if not torch.compiler.is_exporting() and (height, width) == tuple(size):
+        return pixels
+    rows = _filter_matrix(height, size[0], kernel, pixels.device)
+    columns = _filter_matrix(width, size[1], kernel, pixels.device)
+    # Rows first and quantised in between, as Pillow does.
+    return _to_eight_bit(rows @ _to_eight_bit(pixels @ columns.T))
+
+
+def _to_eight_bit(pixels: Tensor) -> Tensor:
+    # Half up, as Pillow's fixed-point arithmetic rounds; torch.round goes to even.
+    return (pixels.clamp(0.0, 255.0) + 0.5).floor()
+
+
+def _filter_matrix(length: int, target: int, kernel: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """Weights ``(target, length)`` of an antialiased resize along one axis, rows summing to one.
+
+    The kernel widens with the reduction, and taps outside the image are left out (Pillow, Resample.c).
+    """
+    scale = length / target
+    width = torch.sym_max(scale, 1.0)
+    centres = (torch.arange(target, device=device, dtype=torch.float64) + 0.5) * scale
+    taps = torch.arange(length, device=device, dtype=torch.float64) + 0.5
+    weights = kernel((taps[None, :] - centres[:, None]).abs() / width)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    # Keys' kernel with a = -0.5, the antialiasing choice of Pillow and torch.
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return (1.0 - x).clamp(min=0.0)

@@ -1,0 +1,102 @@
+"""From features to scores and maps: the arithmetic of the method, without state (arXiv:2305.17382, sec. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+# The authors' constant (test.py); CLIP's learned logit_scale is not used.
+TEMPERATURE = 100.0
+
+
+def text_logits(features: Tensor, text_features: Tensor) -> Tensor:
+    """Scaled cosine similarity of features with the normal and the anomalous text.
+
+    Args:
+        features: ``(B, L, D)``, any length; normalised here.
+        text_features: ``(B, D, 2)`` or ``(D, 2)``, unit columns: normal, anomalous.
+
+    Returns:
+        Logits ``(B, L, 2)`` in ``[-100, 100]``.
+    """
+    return TEMPERATURE * F.normalize(features, dim=-1) @ text_features
+
+
+def text_probability(image_feature: Tensor, text_features: Tensor) -> Tensor:
+    """Probability that an image shows the anomalous text rather than the normal one (zero-shot score).
+
+    Args:
+        image_feature: ``(B, D)``, any length; normalised here.
+        text_features: ``(B, D, 2)`` or ``(D, 2)``, unit columns.
+
+    Returns:
+        ``(B,)`` in ``[0, 1]``.
+    """
+    return text_logits(image_feature.unsqueeze(1), text_features).squeeze(1).softmax(dim=-1)[:, 1]
+
+
+def text_probability_maps(logits: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Normal and anomalous probability of every pixel, from the logits of the patches of one stage.
+
+    The logits are interpolated and the softmax is taken after it, as the authors do (test.py).
+
+    Args:
+        logits: ``(B, L, 2)``, patches row by row.
+        grid: Rows and columns of patches, ``L`` in all.
+        size: Height and width of the map in pixels.
+
+    Returns:
+        ``(B, 2, H, W)``, summing to one over the second axis.
+    """
+    return _to_map(logits, grid, size).softmax(dim=1)
+
+
+def nearest_normal_distance(patch_tokens: Tensor, bank: Iterable[Tensor]) -> Tensor:
+    """Distance of every patch to the most similar remembered normal patch.
+
+    One minus the cosine similarity: 0 is "seen before", 2 is "opposite". A bank with more
+    shots can lower a distance, never raise it (arXiv:2305.17382, sec. 2.2).
+
+    Args:
+        patch_tokens: ``(B, L, C)``, any length; normalised here.
+        bank: Parts ``(N, C)`` of the remembered patches of one stage, unit rows. They are
+            visited one by one, so that memory grows with the largest part and not with their sum.
+
+    Returns:
+        ``(B, L)`` in ``[0, 2]``, up to rounding.
+
+    Raises:
+        RuntimeError: The bank is empty.
+    """
+    patches = F.normalize(patch_tokens, dim=-1)
+    nearest: Tensor | None = None
+    for part in bank:
+        similarity = (patches @ part.T).amax(dim=-1)
+        nearest = similarity if nearest is None else torch.maximum(nearest, similarity)
+    if nearest is None:
+        msg = "The memory bank is empty: fill it with `MemoryBank.fill` before asking for distances."
+        raise RuntimeError(msg)
+    return 1.0 - nearest
+
+
+def distance_map(distance: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Patch distances of one stage, interpolated to pixels.
+
+    Args:
+        distance: ``(B, L)``, patches row by row.
+        grid: Rows and columns of patches, ``L`` in all.
+        size: Height and width of the map in pixels.
+
+    Returns:
+        ``(B, H, W)``.
+    """
+    return _to_map(distance.unsqueeze(-1), grid, size).squeeze(1)
+
+
+def _to_map(patches: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    planes = rearrange(patches, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+    return F.interpolate(planes, size=size, mode="bilinear", align_corners=True)

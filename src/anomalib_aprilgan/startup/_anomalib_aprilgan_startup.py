@@ -1,0 +1,49 @@
+"""Waits for anomalib's models and then makes AprilGAN known to them. Installed beside the package.
+
+Run by every Python that starts in this environment (anomalib_aprilgan.pth), so it imports nothing
+but what a starting Python has imported anyway. ``ANOMALIB_APRILGAN_NO_AUTOLOAD=1`` turns it off.
+"""
+
+import os
+import sys
+
+AWAITED = "anomalib.models"
+
+
+class AwaitModels:
+    """A finder that finds nothing itself: it lets the others find ``anomalib.models`` and registers after it."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        """Spec of ``anomalib.models`` with a loader that registers AprilGAN when it is done."""
+        if name != AWAITED:
+            return None
+        sys.meta_path.remove(AwaitModels)
+        from importlib.util import find_spec
+
+        spec = find_spec(name)
+        # While `import anomalib_aprilgan` itself is what brought anomalib in, it registers at its own end.
+        if spec is not None and spec.loader is not None and "anomalib_aprilgan" not in sys.modules:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def install():
+    """Begin to wait."""
+    if os.environ.get("ANOMALIB_APRILGAN_NO_AUTOLOAD", "0") in {"", "0"}:
+        sys.meta_path.insert(0, AwaitModels)
+
+
+def _register():
+    try:
+        import anomalib_aprilgan  # noqa: F401  # registers itself
+    except Exception as error:  # noqa: BLE001  # nothing of ours may break a Python that did not ask for it
+        import warnings
+
+        warnings.warn(f"anomalib_aprilgan could not be loaded into anomalib: {error!r}", stacklevel=2)
