@@ -7,8 +7,7 @@ start-up hook in ``startup/`` sees to it that this package is imported whenever 
 
 from __future__ import annotations
 
-import anomalib.data
-import anomalib.models
+from importlib import import_module
 
 from .data import AuxiliaryData, DrawnInspection
 from .lightning_model import AprilGAN
@@ -16,6 +15,7 @@ from .lightning_model import AprilGAN
 
 def register() -> None:
     """Set the attributes that anomalib looks up. Harmless when repeated."""
-    anomalib.models.AprilGAN = AprilGAN
+    # Not `import anomalib.models`: while the hook runs, the parent package has no such attribute yet.
+    setattr(import_module("anomalib.models"), AprilGAN.__name__, AprilGAN)
     for datamodule in (AuxiliaryData, DrawnInspection):
-        setattr(anomalib.data, datamodule.__name__, datamodule)
+        setattr(import_module("anomalib.data"), datamodule.__name__, datamodule)

@@ -63,22 +63,37 @@ class AprilGANPreProcessor(PreProcessor):
         std: tuple[float, ...] = CLIP_STD,
     ) -> None:
         super().__init__(Compose([EightBitResize(image_size), Normalize(mean=list(mean), std=list(std))]))
-        # anomalib would export a copy with antialiasing switched off.
-        self.export_transform = self.transform
         self.image_size = image_size
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        # anomalib would export a copy of the transform with antialiasing switched off.
+        self.export_transform = None
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """The transform, for images without masks: used by ``AprilGAN.forward`` and every export.
+
+        Args:
+            batch: ``(B, 3, H, W)``, float in ``[0, 1]`` or ``uint8``, any size.
+
+        Returns:
+            ``(B, 3, *image_size)``, normalised.
+        """
+        return (resize_image(batch, self.image_size) - self.mean) / self.std
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data from which the transforms are rebuilt (anomalib's own way knows only its own transforms)."""
-        return {"image_size": list(self.image_size), "mean": list(self.mean), "std": list(self.std)}
+        height, width = self.image_size
+        return {"image_size": [height, width], "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore what :meth:`checkpoint_config` returned."""
         height, width = config["image_size"]
         restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]))
-        self.transform = self.export_transform = restored.transform
-        self.image_size, self.mean, self.std = restored.image_size, restored.mean, restored.std
+        self.transform = restored.transform
+        self.image_size = restored.image_size
+        self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

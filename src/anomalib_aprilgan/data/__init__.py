@@ -1,0 +1,6 @@
+"""Datamodules: auxiliary training data, and drawn inspection data that need no download."""
+
+from .auxiliary import AuxiliaryData
+from .inspection import DrawnInspection
+
+__all__ = ["AuxiliaryData", "DrawnInspection"]

@@ -1,0 +1,257 @@
+"""Training data for adapters: the *test* images of many categories, normal and anomalous, with their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataModule, AnomalibDataset, MVTecAD, Visa
+from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
+from anomalib.data.datasets.image.mvtecad import CATEGORIES as MVTEC_AD_CATEGORIES
+from anomalib.data.utils import LabelName
+from anomalib.data.utils.split import random_split
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.transforms.v2 import Transform
+from torchvision.tv_tensors import Image, Mask
+
+from .class_batch import ClassImageBatch, ClassImageItem
+from .mosaic import mosaic
+
+_DATASETS: dict[str, tuple[type[AnomalibDataModule], tuple[str, ...]]] = {
+    "mvtec": (MVTecAD, MVTEC_AD_CATEGORIES),
+    "visa": (Visa, VISA_CATEGORIES),
+}
+
+
+class AuxiliaryData(AnomalibDataModule):
+    """Trains adapters on the test images of many categories at once, each image under its own class name.
+
+    The paper's auxiliary training (arXiv:2305.17382, sec. 3.1): all test images of another data
+    set, shuffled; for MVTec AD a fifth of them replaced by mosaics. The order and the mosaics of
+    an epoch depend on ``seed`` and the epoch alone, so that a training resumed at the end of an
+    epoch goes on as if it had never stopped.
+
+    Args:
+        dataset: ``"mvtec"`` or ``"visa"``: all its categories, read by anomalib's datamodules.
+        root: Folder of that data set; anomalib's default otherwise.
+        categories: Some of its categories; all otherwise.
+        datamodules: Any anomalib datamodules instead of, or added to, ``dataset``.
+        mosaic_rate: Share of training images that are replaced by 2 x 2 mosaics of their category.
+        val_split_ratio: Share of the images that is held out for validation, normal and anomalous alike.
+        validation: A datamodule whose test images are the validation set instead.
+        train_batch_size: Images a training step.
+        eval_batch_size: Images a validation step.
+        num_workers: Worker processes of each loader.
+        train_augmentations: Further transforms of training images and masks.
+        seed: Seed of the held-out part, of the order and of the mosaics.
+
+    Raises:
+        ValueError: No data, or both ways of validation.
+    """
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        root: str | Path | None = None,
+        categories: list[str] | None = None,
+        datamodules: list[AnomalibDataModule] | None = None,
+        mosaic_rate: float = 0.0,
+        val_split_ratio: float = 0.0,
+        validation: AnomalibDataModule | None = None,
+        train_batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 8,
+        train_augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train_batch_size, eval_batch_size, num_workers, train_augmentations=train_augmentations)
+        for name, share in (("mosaic_rate", mosaic_rate), ("val_split_ratio", val_split_ratio)):
+            if not 0.0 <= share <= 1.0:
+                msg = f"`{name}` must lie in [0, 1], got {share}."
+                raise ValueError(msg)
+        if val_split_ratio and validation is not None:
+            msg = "`val_split_ratio` and `validation` are two ways to validate: give one of them."
+            raise ValueError(msg)
+        self.datamodules = [*_expand(dataset, root, categories), *(datamodules or [])]
+        if not self.datamodules:
+            msg = f"`dataset` must be one of {tuple(_DATASETS)}, or `datamodules` a list of anomalib datamodules; got neither."
+            raise ValueError(msg)
+        self.mosaic_rate = mosaic_rate
+        self.held_out_ratio = val_split_ratio
+        self.validation = validation
+        self.seed = seed
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names that stand for the objects in the prompts, training and validation."""
+        modules = [*self.datamodules, *([self.validation] if self.validation else [])]
+        return tuple(dict.fromkeys(_class_name(module) for module in modules))
+
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """Names of the data sets trained on and their categories: the provenance of the adapters."""
+        sources: dict[str, list[str]] = {}
+        for module in self.datamodules:
+            sources.setdefault(module.name, []).extend([module.category] if module.category else [])
+        return sources
+
+    def prepare_data(self) -> None:
+        """Let every datamodule fetch or write its files."""
+        for module in [*self.datamodules, *([self.validation] if self.validation else [])]:
+            module.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Gather the test images of all datamodules, once."""
+        if not self._is_setup:
+            self._setup(stage)
+            self._is_setup = True
+        self._update_augmentations()
+
+    def _setup(self, _stage: str | None = None) -> None:
+        images = MultiCategoryDataset([_test_data(module) for module in self.datamodules], self.datamodules)
+        if self.validation is not None:
+            self.val_data = MultiCategoryDataset([_test_data(self.validation)], [self.validation])
+        elif self.held_out_ratio:
+            images, self.val_data = random_split(images, self.held_out_ratio, label_aware=True, seed=self.seed)
+        self.train_data = images
+        self.train_data.mosaic_rate = self.mosaic_rate
+        self.train_data.seed = self.seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training images; the order depends on the seed and the epoch alone."""
+        distributed = self.trainer is not None and self.trainer.world_size > 1
+        sampler = EpochSampler(
+            self.train_data,
+            num_replicas=self.trainer.world_size if distributed else 1,
+            rank=self.trainer.global_rank if distributed else 0,
+            seed=self.seed,
+        )
+        return DataLoader(
+            self.train_data,
+            sampler=sampler,
+            batch_size=self.train_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.train_data.collate_fn,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Held-out or other images; nothing where none were asked for."""
+        return super().val_dataloader() if hasattr(self, "val_data") else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The validation images: they alone were not trained on.
+
+        Raises:
+            RuntimeError: There are none.
+        """
+        if not hasattr(self, "val_data"):
+            msg = "There is nothing to test on: set `val_split_ratio` or `validation`, or test on another datamodule."
+            raise RuntimeError(msg)
+        return super().val_dataloader()
+
+
+class MultiCategoryDataset(AnomalibDataset):
+    """Images of several data sets as one, each under its class name.
+
+    Items are read by the data set they come from, so that whatever it does with masks is kept.
+
+    Args:
+        datasets: anomalib's data sets; their own augmentations are not applied.
+        datamodules: Where they come from, for the class names.
+    """
+
+    def __init__(self, datasets: Sequence[AnomalibDataset], datamodules: Sequence[AnomalibDataModule]) -> None:
+        super().__init__()
+        self.datasets = list(datasets)
+        self.mosaic_rate = 0.0
+        self.seed = 0
+        self.epoch = 0
+        tables = []
+        for number, (dataset, module) in enumerate(zip(self.datasets, datamodules, strict=True)):
+            dataset.augmentations = None
+            table = dataset.samples.reset_index(drop=True)
+            tables.append(table.assign(dataset=number, item=table.index, class_name=_class_name(module)))
+        self.samples = pd.concat(tables, ignore_index=True)
+        self.samples.attrs["task"] = TaskType.SEGMENTATION
+
+    def __getitem__(self, index: int) -> ClassImageItem:
+        """One image, or with probability ``mosaic_rate`` four of its category, with mask and class name."""
+        row = self.samples.iloc[index]
+        state = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> 1))
+        if self.mosaic_rate and torch.rand((), generator=generator) < self.mosaic_rate:
+            image, mask = self._mosaic(row.class_name, generator)
+        else:
+            image, mask = self._read(row)
+        if self.augmentations:
+            image, mask = self.augmentations(image, mask)
+        return ClassImageItem(
+            image=image,
+            gt_mask=mask,
+            gt_label=torch.tensor(int(mask.any())),
+            image_path=row.image_path,
+            class_name=row.class_name,
+        )
+
+    @property
+    def collate_fn(self) -> Callable[..., Any]:
+        """Collates items with class names."""
+        return ClassImageBatch.collate
+
+    def _read(self, row: Any) -> tuple[Image, Mask]:  # noqa: ANN401  # a row of a pandas table
+        item = self.datasets[row.dataset][row["item"]]
+        if item.gt_mask is not None:
+            return item.image, item.gt_mask
+        if row.label_index != LabelName.NORMAL:
+            msg = f"{row.image_path} is anomalous and has no mask; adapters are trained and validated on masks."
+            raise ValueError(msg)
+        return item.image, Mask(torch.zeros(item.image.shape[-2:], dtype=torch.uint8))
+
+    def _mosaic(self, class_name: str, generator: torch.Generator) -> tuple[Image, Mask]:
+        """Four images of a category: a defect folder at random (good included), then one of its files, four times."""
+        table = self.samples[self.samples.class_name == class_name]
+        folders = [group for _, group in table.groupby(table.image_path.map(lambda path: str(Path(path).parent)))]
+        picks = []
+        for _ in range(4):
+            folder = folders[int(torch.randint(len(folders), (), generator=generator))]
+            picks.append(self._read(folder.iloc[int(torch.randint(len(folder), (), generator=generator))]))
+        image, mask = mosaic([image for image, _ in picks], [mask for _, mask in picks])
+        return Image(image), Mask(mask)
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Shuffles by seed and epoch, and tells the data set which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of every epoch."""
+        super().set_epoch(epoch)
+        self.dataset.epoch = epoch
+
+
+def _expand(dataset: str | None, root: str | Path | None, categories: list[str] | None) -> list[AnomalibDataModule]:
+    if dataset is None:
+        return []
+    if dataset not in _DATASETS:
+        msg = f"`dataset` must be one of {tuple(_DATASETS)}, got {dataset!r}. Give others as `datamodules`."
+        raise ValueError(msg)
+    module, known = _DATASETS[dataset]
+    unknown = sorted(set(categories or []) - set(known))
+    if unknown:
+        msg = f"`categories` must be out of {known}, got {unknown}."
+        raise ValueError(msg)
+    options = {} if root is None else {"root": root}
+    return [module(category=category, **options) for category in categories or known]
+
+
+def _test_data(module: AnomalibDataModule) -> AnomalibDataset:
+    module.setup()
+    return module.test_data
+
+
+def _class_name(module: AnomalibDataModule) -> str:
+    return module.category or module.name
