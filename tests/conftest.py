@@ -51,7 +51,7 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> SmallClip:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def april_gan(small_clip: SmallClip) -> Callable[..., AprilGAN]:
     """Builds an AprilGAN on the small CLIP; arguments override."""
 

@@ -1,0 +1,211 @@
+"""The 8-bit resize against Pillow, and its use as a torchvision transform and in a pre-processor."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+from torch import Tensor
+from torchvision.transforms.v2 import Resize
+from torchvision.tv_tensors import Image, Mask
+
+from anomalib_aprilgan.pre_processing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    AprilGANPreProcessor,
+    EightBitResize,
+    resize_image,
+    resize_mask,
+)
+
+# From (height, width) to (height, width): down, up, both, odd, extreme.
+SIZES = [
+    ((100, 100), (37, 37)),
+    ((64, 64), (96, 96)),
+    ((61, 47), (96, 96)),
+    ((40, 200), (96, 64)),
+    ((200, 40), (64, 96)),
+    ((97, 96), (96, 96)),
+    ((3, 5), (50, 20)),
+    ((300, 2), (7, 9)),
+    ((50, 60), (1, 1)),
+]
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """8-bit noise, the hardest case: every filter tap counts."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def as_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def pillow(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    resized = PillowImage.fromarray(pixels).resize((size[1], size[0]), PillowImage.Resampling.BICUBIC)
+    return as_tensor(np.asarray(resized))
+
+
+class TestImage:
+    @pytest.mark.parametrize(("before", "after"), SIZES)
+    def test_within_one_step_of_pillow(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        pixels = picture(*before)
+        ours = resize_image(as_tensor(pixels), after) * 255
+        difference = (ours - pillow(pixels, after)).abs()
+        assert ours.shape == (3, *after)
+        assert difference.max() < 1.01
+        assert difference.gt(0.5).float().mean() < 0.02  # few pixels at all
+
+    @pytest.mark.parametrize(("before", "after"), SIZES)
+    def test_floats_give_the_same_as_bytes(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        image = as_tensor(picture(*before))
+        assert torch.equal(resize_image(image, after), resize_image(image / 255, after))
+        assert torch.equal(resize_image(image, after), resize_image(image.double() / 255, after))
+
+    def test_result_lies_on_the_eight_bit_grid(self) -> None:
+        resized = resize_image(torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)), (31, 33)) * 255
+        assert resized.dtype == torch.float32
+        assert (resized - resized.round()).abs().max() < 1e-4
+        assert 0 <= resized.min() < resized.max() <= 255
+
+    def test_same_size_is_identity(self) -> None:
+        image = as_tensor(picture(20, 30))
+        assert torch.equal(resize_image(image, (20, 30)), image / 255)
+
+    def test_half_way_values_are_rounded_up(self) -> None:
+        # Two pixels to one: (0 + 1) / 2 = 0.5, which Pillow's fixed point rounds up.
+        image = torch.tensor([[[0, 1]]], dtype=torch.uint8)
+        assert (resize_image(image, (1, 1)) * 255).item() == pytest.approx(1.0)
+        assert np.asarray(PillowImage.fromarray(np.array([[0, 1]], np.uint8)).resize((1, 1), 3)).item() == 1
+
+    def test_one_pixel_becomes_an_even_image(self) -> None:
+        image = torch.tensor([10, 20, 30], dtype=torch.uint8).reshape(3, 1, 1)
+        resized = resize_image(image, (8, 5)) * 255
+        torch.testing.assert_close(resized, torch.tensor([10.0, 20.0, 30.0]).reshape(3, 1, 1).expand(3, 8, 5))
+
+    def test_constant_images_stay_constant(self) -> None:
+        resized = resize_image(torch.full((3, 33, 17), 0.6), (50, 9))
+        torch.testing.assert_close(resized, torch.full((3, 50, 9), 0.6))
+
+    def test_overshoot_is_cut(self) -> None:
+        edge = torch.zeros(1, 16, 16)
+        edge[..., 8:] = 1.0
+        resized = resize_image(edge, (64, 64))
+        assert resized.min() == 0.0
+        assert resized.max() == 1.0
+
+    def test_batch_equals_single_images(self) -> None:
+        batch = torch.stack([as_tensor(picture(30, 40, seed)) for seed in range(3)])
+        together = resize_image(batch, (16, 24))
+        for image, resized in zip(batch, together, strict=True):
+            assert torch.equal(resize_image(image, (16, 24)), resized)
+
+    def test_transposing_changes_at_most_the_rounding(self) -> None:
+        image = as_tensor(picture(30, 50))
+        difference = resize_image(image.mT, (24, 16)) - resize_image(image, (16, 24)).mT
+        assert difference.abs().max() * 255 < 2.01
+
+    def test_antialias_matters(self) -> None:
+        """What the class is for: without antialias the same reduction lands far off."""
+        pixels = picture(100, 100)
+        expected = pillow(pixels, (25, 25)).float()
+        plain = torch.nn.functional.interpolate(as_tensor(pixels)[None].float(), (25, 25), mode="bicubic")[0]
+        ours = resize_image(as_tensor(pixels), (25, 25)) * 255
+        assert (plain - expected).abs().mean() > 20 > 0.05 > (ours - expected).abs().mean()
+
+    def test_argument_is_left_alone(self) -> None:
+        image = torch.rand(3, 10, 10)
+        copy = image.clone()
+        resize_image(image, (5, 5))
+        assert torch.equal(image, copy)
+
+
+class TestMask:
+    @pytest.mark.parametrize(("before", "after"), SIZES)
+    def test_matches_pillow(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        rng = np.random.default_rng(1)
+        mask = np.zeros(before, dtype=np.uint8)
+        mask[rng.random(before) < 0.1] = 255
+        mask[before[0] // 3 : before[0] // 3 * 2 + 1, before[1] // 3 : before[1] // 3 * 2 + 1] = 255
+        theirs = np.asarray(PillowImage.fromarray(mask).resize((after[1], after[0]), PillowImage.Resampling.BILINEAR))
+        ours = resize_mask(torch.from_numpy(mask), after)
+        # Where Pillow's value is not at the cut itself there is no room for a difference.
+        clear = torch.from_numpy(np.abs(theirs.astype(float) - 127.5) > 1)
+        assert torch.equal(ours[clear], torch.from_numpy(theirs > 127.5).to(torch.uint8)[clear])
+        assert clear.float().mean() > 0.9 or clear.numel() == 1
+
+    def test_anything_above_zero_is_set(self) -> None:
+        mask = torch.tensor([[0, 1], [128, 255]], dtype=torch.uint8)
+        assert resize_mask(mask, (2, 2)).tolist() == [[0, 1], [1, 1]]
+        assert torch.equal(resize_mask(mask, (8, 8)), resize_mask((mask > 0).to(torch.uint8) * 7, (8, 8)))
+
+    def test_one_quarter_of_a_cell_is_too_little_three_are_enough(self) -> None:
+        little, much = torch.tensor([[1, 0], [0, 0]]), torch.tensor([[1, 1], [1, 0]])
+        assert resize_mask(little, (1, 1)).item() == 0
+        assert resize_mask(much, (1, 1)).item() == 1
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+    def test_keeps_the_dtype(self, dtype: torch.dtype) -> None:
+        mask = torch.zeros(1, 12, 12, dtype=dtype)
+        mask[..., 4:8, 4:8] = 1
+        for size in ((12, 12), (24, 24)):
+            resized = resize_mask(mask, size)
+            assert resized.dtype == dtype
+            assert resized.float().mean().item() == pytest.approx(1 / 9, abs=0.02)
+
+
+class TestTransform:
+    def test_is_a_resize_that_says_what_it_does(self) -> None:
+        resize = EightBitResize((30, 20))
+        assert isinstance(resize, Resize)
+        assert tuple(resize.size) == (30, 20)
+        assert resize.antialias
+
+    def test_images_and_masks_by_type(self) -> None:
+        image = Image(as_tensor(picture(40, 50)))
+        mask = Mask(torch.zeros(40, 50, dtype=torch.uint8))
+        mask[10:30, 10:30] = 1
+        out_image, out_mask = EightBitResize((30, 20))(image, mask)
+        assert isinstance(out_image, Image)
+        assert isinstance(out_mask, Mask)
+        assert torch.equal(out_image.as_subclass(Tensor), resize_image(image.as_subclass(Tensor), (30, 20)))
+        assert torch.equal(out_mask.as_subclass(Tensor), resize_mask(mask.as_subclass(Tensor), (30, 20)))
+
+    def test_plain_tensors_stay_plain(self) -> None:
+        image = torch.rand(3, 40, 50)
+        resized = EightBitResize((30, 20))(image)
+        assert type(resized) is Tensor
+        assert torch.equal(resized, resize_image(image, (30, 20)))
+
+    def test_pillow_images_are_pillows_own_affair(self) -> None:
+        resized = EightBitResize((30, 20))(PillowImage.fromarray(picture(40, 50)))
+        assert resized.size == (20, 30)
+
+
+class TestPreProcessor:
+    def test_forward_and_transform_are_one(self) -> None:
+        pre_processor = AprilGANPreProcessor((24, 32))
+        batch = torch.rand(2, 3, 50, 40)
+        assert pre_processor(batch).shape == (2, 3, 24, 32)
+        torch.testing.assert_close(pre_processor(batch), pre_processor.transform(batch), atol=1e-6, rtol=0)
+
+    def test_normalises_by_clips_statistics(self) -> None:
+        gray = AprilGANPreProcessor((8, 8))(torch.full((1, 3, 8, 8), 51 / 255))
+        for channel in range(3):
+            expected = (0.2 - CLIP_MEAN[channel]) / CLIP_STD[channel]
+            torch.testing.assert_close(gray[0, channel], torch.full((8, 8), expected))
+
+    def test_no_copy_without_antialias_is_exported(self) -> None:
+        assert AprilGANPreProcessor((8, 8)).export_transform is None
+
+    def test_checkpoint_config_is_plain_and_restores(self) -> None:
+        original = AprilGANPreProcessor((24, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        config = original.checkpoint_config()
+        assert config["image_size"] == [24, 32]
+        restored = AprilGANPreProcessor((8, 8))
+        restored.load_checkpoint_config(config)
+        batch = torch.rand(1, 3, 40, 40)
+        assert torch.equal(restored(batch), original(batch))
+        assert torch.equal(restored.transform(batch), original.transform(batch))
+
+    def test_statistics_are_no_part_of_the_state_dict(self) -> None:
+        assert AprilGANPreProcessor((8, 8)).state_dict() == {}
