@@ -165,7 +165,7 @@ class ClipBackbone(nn.Module):
         import open_clip
 
         self.architecture = architecture
-        clip = _instantiate(architecture)
+        clip = build_clip(architecture)
         _load_weights(clip, architecture, state_dict, source)
         self.visual = clip.visual
         clip.visual = None  # the rest of it is the text tower
@@ -279,6 +279,21 @@ class ClipBackbone(nn.Module):
         return open_clip.SimpleTokenizer(context_length=context_length, **options)
 
 
+def build_clip(architecture: ClipArchitecture) -> open_clip.CLIP:
+    """open_clip's model of an architecture, with random weights.
+
+    Raises:
+        ValueError: The installed open_clip does not know an entry of the configuration.
+    """
+    import open_clip
+
+    try:
+        return open_clip.CLIP(**copy.deepcopy(architecture.config))
+    except TypeError as error:
+        msg = f"`backbone`: open_clip {open_clip.__version__} cannot build {architecture.name}: {error}"
+        raise ValueError(msg) from error
+
+
 def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
     """The frozen CLIP with the weights of a file or an open_clip tag.
 
@@ -332,16 +347,6 @@ def _read_config(backbone: str) -> dict[str, Any]:
         msg = f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. Known: {known}."
         raise ValueError(msg)
     return dict(config)
-
-
-def _instantiate(architecture: ClipArchitecture) -> open_clip.CLIP:
-    import open_clip
-
-    try:
-        return open_clip.CLIP(**copy.deepcopy(architecture.config))
-    except TypeError as error:
-        msg = f"`backbone`: open_clip {open_clip.__version__} cannot build {architecture.name}: {error}"
-        raise ValueError(msg) from error
 
 
 def _load_weights(
