@@ -38,7 +38,9 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> SmallClip:
     config = json.loads((GOLDEN / "ViT-tiny-gelu.json").read_text())
     state_dict = clip_state_dict(config, 1234)
     assert checksum(state_dict).startswith(CLIP_SHA256)
-    save_file({name: torch.from_numpy(np.array(value)) for name, value in state_dict.items()}, folder / "clip.safetensors")
+    save_file(
+        {name: torch.from_numpy(np.array(value)) for name, value in state_dict.items()}, folder / "clip.safetensors"
+    )
     for stages, seed in ((4, 99), (2, 98)):
         adapters = {name: torch.from_numpy(value) for name, value in adapter_state_dict(64, 40, stages, seed).items()}
         torch.save({"trainable_linearlayer": adapters}, folder / f"adapters_{stages}.pth")

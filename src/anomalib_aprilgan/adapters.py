@@ -32,6 +32,6 @@ class LinearAdapters(nn.Module):
             Per stage ``(B, L, D)``, not normalised.
         """
         return [
-            F.linear(tokens.float(), layer.weight.float(), layer.bias.float())
+            F.linear(tokens.float(), layer.get_parameter("weight").float(), layer.get_parameter("bias").float())
             for tokens, layer in zip(patch_tokens, self.fc, strict=True)
         ]

@@ -13,23 +13,19 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
-from .weights import WeightsUnavailableError, fetch, is_offline, read_state_dict, verify_sha256
+from .pretrained import find_pretrained
+from .weights import read_state_dict
 
 if TYPE_CHECKING:
     import open_clip
 
 logger = logging.getLogger(__name__)
-
-# Names under which repositories of open_clip models keep their weights, best first.
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class VisionOutput(NamedTuple):
@@ -162,8 +158,6 @@ class ClipBackbone(nn.Module):
 
     def __init__(self, architecture: ClipArchitecture, state_dict: dict[str, Tensor], source: str) -> None:
         super().__init__()
-        import open_clip
-
         self.architecture = architecture
         clip = build_clip(architecture)
         _load_weights(clip, architecture, state_dict, source)
@@ -252,8 +246,9 @@ class ClipBackbone(nn.Module):
             raise RuntimeError(msg)
         tokens = self._tokenizer()(sentences).to(text.positional_embedding.device)
         ends = _end_positions(text, tokens)
-        causal = text.attn_mask is not None and ends is not None
-        length = int(ends.max()) + 1 if causal and cut_context else tokens.shape[1]
+        length = tokens.shape[1]
+        if cut_context and text.attn_mask is not None and ends is not None:
+            length = int(ends.max()) + 1
         tokens = tokens[:, :length]
         embedded = text.token_embedding(tokens).float() + text.positional_embedding[:length].float()
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
@@ -263,10 +258,10 @@ class ClipBackbone(nn.Module):
             pooled = stream[:, 0 if text.text_pool_type == "first" else -1]
         else:
             pooled = stream[torch.arange(len(stream), device=stream.device), ends]
-        projection = text.text_projection
-        if projection is None:
-            return pooled
-        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        projection: Tensor | nn.Linear | None = text.text_projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return cast("Tensor", pooled)
 
     def _tokenizer(self) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
         import open_clip
@@ -344,7 +339,10 @@ def _read_config(backbone: str) -> dict[str, Any]:
     config = open_clip.get_model_config(backbone)
     if config is None:
         known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-"))
-        msg = f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. Known: {known}."
+        msg = (
+            f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. "
+            f"Known: {known}."
+        )
         raise ValueError(msg)
     return dict(config)
 
@@ -374,7 +372,8 @@ def _run_blocks(transformer: nn.Module, stream: Tensor, mask: Tensor | None = No
     """The residual stream ``(B, L, C)`` after every block, whichever layout open_clip's blocks want."""
     batch_first = getattr(transformer, "batch_first", False)  # 2.24 has no such choice: (L, B, C)
     stream = stream if batch_first else stream.transpose(0, 1)
-    for block in transformer.resblocks:
+    blocks: nn.ModuleList = transformer.get_submodule("resblocks")  # type: ignore[assignment]
+    for block in blocks:
         stream = block(stream, attn_mask=mask)
         yield stream if batch_first else stream.transpose(0, 1)
 
@@ -384,12 +383,13 @@ def _end_positions(text: open_clip.CLIP, tokens: Tensor) -> Tensor | None:
     if text.text_pool_type == "argmax":
         return tokens.argmax(dim=-1)
     if text.text_pool_type == "eos":
-        return (tokens == text.text_eos_id).int().argmax(dim=-1)
+        is_end: Tensor = tokens == text.text_eos_id
+        return is_end.int().argmax(dim=-1)
     return None
 
 
 def _find_pretrained(backbone: str, tag: str) -> Path:
-    """File with the weights of an open_clip tag: from a cache, else downloaded unless the user is offline."""
+    """File with the weights of an open_clip tag."""
     import open_clip
 
     config = open_clip.get_pretrained_cfg(backbone, tag)
@@ -397,44 +397,4 @@ def _find_pretrained(backbone: str, tag: str) -> Path:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(backbone)) or "none: pass a file"
         msg = f"`pretrained` must be a weight file or a tag of {backbone} ({tags}), got {tag!r}."
         raise ValueError(msg)
-    url, hub = config.get("url", ""), config.get("hf_hub", "")
-    repository, _, file_name = hub.rpartition("/")
-    hub_files = (file_name,) if file_name else _HUB_FILES
-    for name in hub_files if hub else ():
-        cached = try_to_load_from_cache(repository, name)
-        if isinstance(cached, str):
-            return Path(cached)
-    target = Path.home() / ".cache" / "clip" / Path(url).name  # where open_clip keeps them
-    digest = Path(url).parent.name if "openaipublic" in url else ""
-    if url and target.is_file():
-        verify_sha256(digest)(target)
-        return target
-    places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files if hub]
-    places += [str(target)] if url else []
-    remedy = f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`."
-    if is_offline():
-        msg = f"`pretrained={tag!r}`: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"
-        raise WeightsUnavailableError(msg)
-    try:
-        if hub:
-            return _download_from_hub(repository, hub_files)
-        fetch(url, target, verify_sha256(digest))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        msg = f"`pretrained={tag!r}`: the weights of {backbone} could not be fetched ({type(error).__name__}). {remedy}"
-        raise WeightsUnavailableError(msg) from error
-    return target
-
-
-def _download_from_hub(repository: str, names: Sequence[str]) -> Path:
-    """The first of these files that the repository has."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    *others, last = names
-    for name in others:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError:
-            raise  # no network, rather than no such file
-        except EntryNotFoundError:
-            continue
-    return Path(hf_hub_download(repository, last))
+    return find_pretrained(config.get("url", ""), config.get("hf_hub", ""), f"`pretrained={tag!r}`", backbone)

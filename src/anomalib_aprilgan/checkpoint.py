@@ -1,23 +1,27 @@
-"""Adapter files: our safetensors with provenance, and the authors' ``.pth`` without."""
+"""Adapters and where they come from: our safetensors with provenance, the authors' ``.pth`` files without."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from anomalib.data import AnomalibDataModule
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .backbone import ClipArchitecture
-from .weights import read_state_dict, write_atomically
+from .weights import AUTHORS_ADAPTERS, authors_adapters, read_state_dict, write_atomically
 
 # The mapping in the authors' files (train.py).
 AUTHORS_KEY = "trainable_linearlayer"
 METADATA_KEY = "anomalib_aprilgan"
+# The CLIP that the authors' adapters were trained for; its name comes with and without QuickGELU.
+AUTHORS_BACKBONES = ("ViT-L-14-336", "ViT-L-14-336-quickgelu")
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,34 @@ class Provenance:
         known = {item.name for item in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
 
-    def was_trained_on(self, dataset: str, categories: list[str]) -> list[str]:
-        """The categories among these that the adapters have seen; all of them where only the data set is known."""
-        if dataset not in self.trained_on:
-            return []
-        seen = self.trained_on[dataset]
-        return [category for category in categories if category in seen] if seen else categories
+    @classmethod
+    def of_training(
+        cls,
+        datamodule: AnomalibDataModule | None,
+        architecture: ClipArchitecture,
+        fingerprint: str,
+        stages: tuple[int, ...],
+    ) -> Provenance:
+        """What adapters trained now, on this data and for this CLIP, shall tell later."""
+        return cls(
+            trained_on=_datasets_of(datamodule),
+            backbone=architecture.name,
+            fingerprint=fingerprint,
+            stages=list(stages),
+            quick_gelu=architecture.quick_gelu,
+            image_size=list(architecture.image_size),
+            versions={name: version(name) for name in ("anomalib", "open_clip_torch", "torch")},
+        )
+
+    def overlap(self, datamodule: AnomalibDataModule | None) -> str | None:
+        """The data of a datamodule that the adapters were trained on, in words; ``None`` where there is none."""
+        for dataset, categories in _datasets_of(datamodule).items():
+            if dataset in self.trained_on:
+                seen = self.trained_on[dataset]
+                common = [category for category in categories if category in seen] if seen else categories
+                if common or not (seen and categories):
+                    return f"{dataset} ({', '.join(common)})" if common else dataset
+        return None
 
     def check(self, architecture: ClipArchitecture, fingerprint: str, stages: tuple[int, ...], source: str) -> None:
         """Refuse adapters that were trained for another CLIP or other stages.
@@ -91,7 +117,8 @@ def load_adapters(path: Path) -> tuple[dict[str, Tensor], Provenance]:
     """
     state_dict = read_state_dict(path, "adapters", nested_under=AUTHORS_KEY)
     if not all(name.startswith("fc.") for name in state_dict):
-        msg = f"`adapters`: {path} holds no adapters: expected names fc.<i>.weight and fc.<i>.bias, got {_some(state_dict)}."
+        names = ", ".join(list(state_dict)[:3])
+        msg = f"`adapters`: {path} holds no adapters: expected names fc.<i>.weight and fc.<i>.bias, got {names}."
         raise ValueError(msg)
     return state_dict, _read_provenance(path)
 
@@ -101,6 +128,44 @@ def save_adapters(path: Path, state_dict: Mapping[str, Tensor], provenance: Prov
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     content = save(tensors, metadata={METADATA_KEY: json.dumps(provenance.to_dict())})
     write_atomically(path, lambda file: file.write(content))
+
+
+def resolve_adapters(adapters: str, target: str | None, architecture: ClipArchitecture) -> str:
+    """The source that ``adapters`` stands for: ``"mvtec"``, ``"visa"`` or the path of a file.
+
+    Args:
+        adapters: What the user gave; ``"auto"`` chooses the authors' adapters that were not trained on the target.
+        target: anomalib's name of the data set to be inspected, where there is one.
+        architecture: The model's CLIP.
+
+    Raises:
+        ValueError: The authors' adapters are asked for and the CLIP is another.
+    """
+    if adapters not in {"auto", *AUTHORS_ADAPTERS}:
+        return adapters
+    if architecture.name not in AUTHORS_BACKBONES:
+        msg = (
+            f"`adapters={adapters!r}` were trained for the CLIP {AUTHORS_BACKBONES[0]}, the model has "
+            f"{architecture.name}. Pass an adapter file for it, or None to train fresh ones."
+        )
+        raise ValueError(msg)
+    if adapters != "auto":
+        return adapters
+    return next(name for name, source in AUTHORS_ADAPTERS.items() if source.trained_on != target)
+
+
+def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:
+    """Weights and provenance of what :func:`resolve_adapters` returned.
+
+    Raises:
+        FileNotFoundError: The file is missing, or cannot be fetched.
+        ValueError: The file is damaged or holds no adapters.
+    """
+    if source not in AUTHORS_ADAPTERS:
+        return load_adapters(Path(source).expanduser())
+    state_dict, provenance = load_adapters(authors_adapters(source))
+    known: dict[str, list[str]] = {AUTHORS_ADAPTERS[source].trained_on: []}
+    return state_dict, replace(provenance, trained_on=known, backbone=AUTHORS_BACKBONES[0])
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
@@ -116,7 +181,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor
     for name, value in state_dict.items():
         if value.shape != expected[name].shape:
             msg = (
-                f"`adapters`: {source} is for another CLIP: {name} is {tuple(value.shape)} (joint width, vision width), "
+                f"`adapters`: {source} is for another CLIP: {name} is {tuple(value.shape)} (joint and vision width), "
                 f"the model needs {tuple(expected[name].shape)}."
             )
             raise ValueError(msg)
@@ -130,5 +195,11 @@ def _read_provenance(path: Path) -> Provenance:
     return Provenance.from_dict(json.loads(metadata[METADATA_KEY])) if METADATA_KEY in metadata else Provenance()
 
 
-def _some(names: Mapping[str, Tensor]) -> str:
-    return ", ".join(list(names)[:3])
+def _datasets_of(datamodule: AnomalibDataModule | None) -> dict[str, list[str]]:
+    """Names that anomalib gives to the data sets of a datamodule, and their categories."""
+    if datamodule is None:
+        return {}
+    sources = getattr(datamodule, "sources", None)
+    if sources is not None:
+        return dict(sources)
+    return {datamodule.name: [datamodule.category] if datamodule.category else []}

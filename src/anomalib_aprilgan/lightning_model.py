@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
+from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -23,23 +21,18 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from .adapters import LinearAdapters
-from .backbone import ClipArchitecture, image_statistics, load_clip
-from .checkpoint import Provenance, check_shapes, load_adapters, save_adapters
+from .backbone import ClipArchitecture, image_statistics
+from .checkpoint import Provenance, save_adapters
 from .losses import adapter_loss
 from .memory_bank import MemoryBank
 from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
+from .preparation import Preparation
 from .prompts import PromptEnsemble
-from .references import draw_references, list_references, read_reference
 from .torch_model import AprilGANModel
-from .weights import AUTHORS_ADAPTERS, authors_adapters
-
-logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "anomalib_aprilgan"
 _BACKBONE_PREFIX = "model._backbone."
-# The CLIP that the authors' adapters were trained for; its name comes with and without QuickGELU.
-_AUTHORS_BACKBONES = ("ViT-L-14-336", "ViT-L-14-336-quickgelu")
 
 
 class AprilGAN(AnomalibModule):
@@ -78,6 +71,8 @@ class AprilGAN(AnomalibModule):
         FileNotFoundError: A file that an argument names is missing.
     """
 
+    model: AprilGANModel
+
     def __init__(
         self,
         backbone: str = "ViT-L-14-336",
@@ -110,24 +105,17 @@ class AprilGAN(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.architecture = architecture
-        self.pretrained = str(pretrained)
         self.adapters = adapters
-        self.class_name = class_name
-        self.prompts = PromptEnsemble() if prompts is None else PromptEnsemble.from_file(prompts)
         self.k_shot = k_shot
-        self.references = references
-        self.seed = seed
-        self.reference_paths: list[str] = []
-        self.provenance = Provenance()
+        ensemble = PromptEnsemble() if prompts is None else PromptEnsemble.from_file(prompts)
         if class_name is not None:
-            self.prompts.sentences(class_name)  # refuses an empty name now, not after CLIP was loaded
+            ensemble.sentences(class_name)  # refuses an empty name now, not after CLIP was loaded
+        self.preparation = Preparation(
+            architecture, str(pretrained), adapters, class_name, ensemble, k_shot, references, seed
+        )
         linear = LinearAdapters(len(tapped), architecture.width, architecture.embed_dim)
         linear.requires_grad_(adapters is None)
         self.model = AprilGANModel(linear, MemoryBank(), tapped, remembered)
-        self._loaded_adapters: str | None = None
-        self._restored_fingerprint: str | None = None
-        self._reference_source: list[str] | None = None
         self._trained = False
         self._fitting = False
 
@@ -157,8 +145,8 @@ class AprilGAN(AnomalibModule):
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """The paper's metrics: AUROC, F1-max and AP of images and pixels, and the pixels' AUPRO."""
-        image = {"fields": ["pred_score", "gt_label"], "prefix": "image_"}
-        pixel = {"fields": ["anomaly_map", "gt_mask"], "prefix": "pixel_", "strict": False}
+        image: dict[str, Any] = {"fields": ["pred_score", "gt_label"], "prefix": "image_"}
+        pixel: dict[str, Any] = {"fields": ["anomaly_map", "gt_mask"], "prefix": "pixel_", "strict": False}
         return Evaluator(
             test_metrics=[
                 AUROC(**image),
@@ -176,7 +164,7 @@ class AprilGAN(AnomalibModule):
         return Adam(self.model.adapters.parameters(), lr=1e-3, betas=(0.5, 0.999))
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """anomalib's callbacks; called before Lightning looks at ``configure_optimizers``.
+        """The callbacks that anomalib wants; called before Lightning looks at ``configure_optimizers``.
 
         anomalib's ``--optimizer`` replaces that method by a bound ``partial``, at which Lightning's
         check for overridden methods fails; ``__wrapped__`` is where it looks for the function.
@@ -209,10 +197,9 @@ class AprilGAN(AnomalibModule):
             ValueError: They do not fit.
         """
         self._fitting = stage == "fit"
-        if not self.model.has_backbone:
-            self._attach_backbone()
+        self.preparation.attach_backbone(self.model, self._target_device)
         if self._trainer is not None and self.trainer.ckpt_path is not None:
-            return  # Lightning restores a checkpoint next; `_prepare` follows in the start hooks
+            return  # Lightning restores a checkpoint next; the start hooks do the rest after that
         self._prepare(stage)
 
     def on_fit_start(self) -> None:
@@ -230,14 +217,8 @@ class AprilGAN(AnomalibModule):
                 "images of other data sets with `anomalib_aprilgan.data.AuxiliaryData`, or pass trained `adapters`."
             )
             raise ValueError(msg)
-        self.provenance = Provenance(
-            trained_on=_trained_on(datamodule),
-            backbone=self.architecture.name,
-            fingerprint=self.model.backbone.fingerprint,
-            stages=list(self.model.stages),
-            quick_gelu=self.architecture.quick_gelu,
-            image_size=list(self.architecture.image_size),
-            versions={name: version(name) for name in ("anomalib", "open_clip_torch", "torch")},
+        self.preparation.provenance = Provenance.of_training(
+            datamodule, self.preparation.architecture, self.model.backbone.fingerprint, self.model.stages
         )
 
     def on_fit_end(self) -> None:
@@ -259,148 +240,44 @@ class AprilGAN(AnomalibModule):
         self._prepare("predict")
 
     def _prepare(self, stage: str) -> None:
-        self._load_given_adapters()
-        self._encode_classes(stage)
-        self._fill_memory_bank(stage)
+        datamodule, preparation = self._datamodule, self.preparation
+        preparation.load_adapters(self.model, datamodule)
+        preparation.encode_classes(self.model, datamodule, single=stage in {"predict", "export"})
+        self.model.to(self._target_device)
+        if stage == "fit":
+            return  # adapters are trained without a memory bank
+        references = preparation.fill_memory_bank(
+            self.model, datamodule, self.pre_processor, optional=stage == "validate"
+        )
+        if references is not None and isinstance(self.post_processor, AprilGANPostProcessor):
+            self._bound_map_maximum(self.post_processor, references)
         if stage in {"validate", "test"}:
-            self._warn_of_seen_data()
-        if stage == "predict" and self.learning_type == LearningType.ONE_CLASS:
+            preparation.warn_of_seen_data(datamodule)
+        if self.learning_type == LearningType.ONE_CLASS:
             warnings.warn(
                 "The adapters are untrained: the maps mean nothing. Train them with `fit`, or pass `adapters`.",
                 stacklevel=2,
             )
 
-    @property
-    def _datamodule(self) -> AnomalibDataModule | None:
-        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-
-    def _attach_backbone(self) -> None:
-        backbone = load_clip(self.architecture, self.pretrained)
-        if self._restored_fingerprint not in {None, backbone.fingerprint}:
-            msg = (
-                f"`pretrained`: the checkpoint belongs to a CLIP with weights {self._restored_fingerprint}, "
-                f"{self.pretrained} has weights {backbone.fingerprint}."
-            )
-            raise ValueError(msg)
-        self.model.attach_backbone(backbone.to(self._target_device))
-
-    @property
-    def _target_device(self) -> torch.device:
-        # Lightning moves the module only after `setup`; encoding should not wait for that.
-        return self.trainer.strategy.root_device if self._trainer is not None else self.device
-
-    def _load_given_adapters(self) -> None:
-        if self.adapters is None or self._loaded_adapters == CHECKPOINT_KEY:
-            return
-        name = self.adapters
-        if name == "auto":
-            target = getattr(self._datamodule, "name", None)
-            name = next(key for key, source in AUTHORS_ADAPTERS.items() if source.trained_on != target)
-        if name == self._loaded_adapters:
-            return
-        if name in AUTHORS_ADAPTERS:
-            if self.architecture.name not in _AUTHORS_BACKBONES:
-                msg = (
-                    f"`adapters={self.adapters!r}` were trained for the CLIP {_AUTHORS_BACKBONES[0]}, the model has "
-                    f"{self.architecture.name}. Pass an adapter file for it, or None to train fresh ones."
-                )
-                raise ValueError(msg)
-            path = authors_adapters(name)
-            state_dict, _ = load_adapters(path)
-            provenance = Provenance(trained_on={AUTHORS_ADAPTERS[name].trained_on: []}, backbone=_AUTHORS_BACKBONES[0])
-        else:
-            path = Path(name).expanduser()
-            state_dict, provenance = load_adapters(path)
-        provenance.check(self.architecture, self.model.backbone.fingerprint, self.model.stages, str(path))
-        check_shapes(state_dict, self.model.adapters.state_dict(), str(path))
-        self.model.adapters.load_state_dict(state_dict)
-        self.provenance = provenance
-        self._loaded_adapters = name
-        logger.info("Adapters: %s, trained on %s", path, provenance.trained_on or "unknown data")
-
-    def _encode_classes(self, stage: str) -> None:
-        names = self._wanted_classes(stage)
-        if names == self.model.class_names:
-            return
-        known = dict(zip(self.model.class_names, self.model.text_features, strict=True))
-        backbone = self.model.backbone
-        features = [
-            known[name] if name in known else backbone.encode_states(*self.prompts.sentences(name)) for name in names
-        ]
-        self.model.set_classes(names, torch.stack(features).to(self._target_device))
-        logger.info("Class names in the prompts: %s", ", ".join(names))
-
-    def _wanted_classes(self, stage: str) -> tuple[str, ...]:
-        if self.class_name is not None:
-            return (self.class_name,)
-        datamodule = self._datamodule
-        if datamodule is not None:
-            class_names = getattr(datamodule, "class_names", None)
-            if class_names:
-                return tuple(class_names)
-            if datamodule.category:
-                return (datamodule.category,)
-        if len(self.model.class_names) == 1 or (self.model.class_names and stage in {"fit", "validate", "test"}):
-            return self.model.class_names
-        return ("object",)
-
-    def _fill_memory_bank(self, stage: str) -> None:
-        if not self.k_shot:
-            return
-        datamodule = self._datamodule
-        if self.references is not None:
-            source = ["references", str(self.references)]
-        elif datamodule is not None and getattr(datamodule, "train_data", None) is not None:
-            source = ["training images", datamodule.name, datamodule.category]
-        elif self.model.memory_bank.k_shot or stage == "validate":
-            return  # what is remembered stays; a validation without data needs nothing
-        else:
-            msg = f"`k_shot={self.k_shot}` needs normal images: pass `references`, or a datamodule with training images."
-            raise ValueError(msg)
-        wanted = [*source, str(self.k_shot), str(self.seed)]
-        if wanted == self._reference_source and self.model.memory_bank.k_shot:
-            return
-        if self.references is not None:
-            files = list_references(self.references)
-        else:
-            samples = datamodule.train_data.samples
-            files = sorted(Path(path) for path in samples.image_path[samples.label_index == 0])
-        chosen = draw_references(files, self.k_shot, self.seed, " ".join(source))
-        pre_process = self.pre_processor or nn.Identity()
-        images = torch.cat([pre_process(read_reference(file)) for file in chosen]).to(self._target_device)
-        self.model.remember(images)
-        self._reference_source = wanted
-        self.reference_paths = [str(file) for file in chosen]
-        logger.info("References: %s", ", ".join(self.reference_paths))
-        if isinstance(self.post_processor, AprilGANPostProcessor):
-            self._bound_map_maximum(images)
-
-    def _bound_map_maximum(self, images: Tensor) -> None:
+    def _bound_map_maximum(self, post_processor: AprilGANPostProcessor, references: Tensor) -> None:
         """Bounds of the map maximum for the case that no validation data tells better ones.
 
         From below what good parts reach: the lowest of the references, each held out in turn (for
         a single one, 0). From above what a map can reach where every stage is certain.
         """
-        limit = float(len(self.model.stages) + len(self.model.memory_stages))
-        post_processor = self.post_processor
-        post_processor.to(images.device).set_defaults(limit)
+        post_processor.to(references.device).set_defaults(float(len(self.model.stages) + len(self.model.memory_stages)))
         post_processor.fuse_map_maximum = True
-        if self.model.memory_bank.k_shot > 1 and len(self.model.class_names) == 1:
-            post_processor.map_maximum_min.copy_(self.model.held_out_maxima(images).min())
+        if len(references) > 1 and len(self.model.class_names) == 1:
+            post_processor.map_maximum_min.copy_(self.model.held_out_maxima(references).min())
 
-    def _warn_of_seen_data(self) -> None:
-        datamodule = self._datamodule
-        if datamodule is None or self._fitting:
-            return
-        for dataset, categories in _trained_on(datamodule).items():
-            seen = self.provenance.was_trained_on(dataset, categories)
-            if seen:
-                warnings.warn(
-                    f"\n{'!' * 100}\nNOT ZERO-SHOT: the adapters were trained on {dataset} ({', '.join(seen)}), which is "
-                    "the data under test. The figures will be too good. Use adapters trained on other data, for "
-                    f"instance `adapters='auto'`.\n{'!' * 100}",
-                    stacklevel=2,
-                )
+    @property
+    def _datamodule(self) -> AnomalibDataModule | None:
+        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+
+    @property
+    def _target_device(self) -> torch.device:
+        # Lightning moves the module only after `setup`; encoding should not wait for that.
+        return self.trainer.strategy.root_device if self._trainer is not None else self.device
 
     # -- steps --------------------------------------------------------------------------------------
 
@@ -419,37 +296,38 @@ class AprilGAN(AnomalibModule):
             self._make_ready()
         return super().forward(batch, *args, **kwargs)
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: ImageBatch) -> Tensor:
         """Focal and dice loss of the adapters on a batch with masks."""
         if batch.gt_mask is None:
             msg = "Training adapters needs masks (`gt_mask`), and this batch has none."
             raise ValueError(msg)
-        probabilities = self.model.stage_probabilities(batch.image.as_subclass(Tensor), self._class_index(batch))
-        loss = adapter_loss(probabilities, batch.gt_mask.as_subclass(Tensor))
+        probabilities = self.model.stage_probabilities(_plain(batch.image), self._class_index(batch))
+        loss = adapter_loss(probabilities, _plain(batch.gt_mask))
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
         return loss
 
-    def validation_step(self, batch: Batch) -> STEP_OUTPUT:
+    def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
         """Predictions, from which the post-processor learns; while fitting also the loss, to be monitored."""
-        predictions, probabilities = self.model.infer(batch.image.as_subclass(Tensor), self._class_index(batch))
+        predictions, probabilities = self.model.infer(_plain(batch.image), self._class_index(batch))
         if self._fitting and batch.gt_mask is not None:
-            loss = adapter_loss(probabilities, batch.gt_mask.as_subclass(Tensor))
+            loss = adapter_loss(probabilities, _plain(batch.gt_mask))
             self.log("val_loss", loss, prog_bar=True, batch_size=batch.batch_size, sync_dist=True)
-        return batch.update(**predictions._asdict())
+        return cast("STEP_OUTPUT", batch.update(**predictions._asdict()))
 
-    def test_step(self, batch: Batch) -> STEP_OUTPUT:
+    # Lightning leaves out the arguments that a step does not declare.
+    def test_step(self, batch: ImageBatch) -> STEP_OUTPUT:  # type: ignore[override]
         """Predictions."""
         return self._predictions(batch)
 
-    def predict_step(self, batch: Batch) -> STEP_OUTPUT:
+    def predict_step(self, batch: ImageBatch) -> STEP_OUTPUT:  # type: ignore[override]
         """Predictions."""
         return self._predictions(batch)
 
-    def _predictions(self, batch: Batch) -> Batch:
-        predictions = self.model(batch.image.as_subclass(Tensor), self._class_index(batch))
-        return batch.update(**predictions._asdict())
+    def _predictions(self, batch: ImageBatch) -> STEP_OUTPUT:
+        predictions = self.model(_plain(batch.image), self._class_index(batch))
+        return cast("STEP_OUTPUT", batch.update(**predictions._asdict()))
 
-    def _class_index(self, batch: Batch) -> Tensor | None:
+    def _class_index(self, batch: ImageBatch) -> Tensor | None:
         class_names = getattr(batch, "class_name", None)
         if len(self.model.class_names) == 1 or class_names is None:
             return None
@@ -464,33 +342,17 @@ class AprilGAN(AnomalibModule):
         checkpoint["state_dict"] = {
             name: value for name, value in state_dict.items() if not name.startswith(_BACKBONE_PREFIX)
         }
-        checkpoint[CHECKPOINT_KEY] = {
-            "class_names": list(self.model.class_names),
-            "fingerprint": self.model.backbone.fingerprint if self.model.has_backbone else self._restored_fingerprint,
-            "provenance": self.provenance.to_dict(),
-            "references": self.reference_paths,
-            "reference_source": self._reference_source,
-        }
+        checkpoint[CHECKPOINT_KEY] = self.preparation.to_checkpoint(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for what was learned, and complete it with the CLIP that is already here."""
         super().on_load_checkpoint(checkpoint)
-        state_dict, learned = checkpoint["state_dict"], checkpoint[CHECKPOINT_KEY]
-        provenance = Provenance.from_dict(learned["provenance"])
+        state_dict = checkpoint["state_dict"]
+        learned = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        self.preparation.from_checkpoint(self.model, checkpoint[CHECKPOINT_KEY], learned)
         if self.model.has_backbone:
-            backbone = self.model.backbone
-            provenance.check(self.architecture, backbone.fingerprint, self.model.stages, "the checkpoint")
-            state_dict.update({f"{_BACKBONE_PREFIX}{name}": value for name, value in backbone.state_dict().items()})
-        prefix = "model.adapters."
-        adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        check_shapes(adapters, self.model.adapters.state_dict(), "the checkpoint")
-        self.model.set_classes(learned["class_names"], torch.empty_like(state_dict["model.text_features"]))
-        self.model.memory_bank.tokens = torch.empty_like(state_dict["model.memory_bank.tokens"])
-        self.provenance = provenance
-        self.reference_paths = learned["references"]
-        self._reference_source = learned["reference_source"]
-        self._restored_fingerprint = learned["fingerprint"]
-        self._loaded_adapters = CHECKPOINT_KEY
+            backbone = self.model.backbone.state_dict()
+            state_dict.update({f"{_BACKBONE_PREFIX}{name}": value for name, value in backbone.items()})
         self._trained = True
 
     def save_adapters(self, path: str | Path) -> Path:
@@ -506,7 +368,7 @@ class AprilGAN(AnomalibModule):
         if path.suffix != ".safetensors":
             msg = f"`path` must end in .safetensors, got {path.name}."
             raise ValueError(msg)
-        save_adapters(path, self.model.adapters.state_dict(), self.provenance)
+        save_adapters(path, self.model.adapters.state_dict(), self.preparation.provenance)
         return path
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401  # anomalib's arguments, passed on
@@ -514,7 +376,7 @@ class AprilGAN(AnomalibModule):
         with self._ready_for_export():
             return super().to_torch(*args, **kwargs)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401  # anomalib's mixin, not Lightning's
         """Export to ONNX; see anomalib's ``ExportMixin.to_onnx``."""
         with self._ready_for_export():
             return super().to_onnx(*args, **kwargs)
@@ -526,15 +388,19 @@ class AprilGAN(AnomalibModule):
     @contextmanager
     def _ready_for_export(self) -> Iterator[None]:
         """Text features and banks inside, the text tower outside."""
-        if not self.model.has_backbone:
-            self._attach_backbone()
-        self._prepare("predict")
+        self.preparation.attach_backbone(self.model, self._target_device)
+        self._prepare("export")
         backbone = self.model.backbone
         text, backbone.text = backbone.text, None
         try:
             yield
         finally:
             backbone.text = text
+
+
+def _plain(tensor: Any) -> Tensor:  # noqa: ANN401  # torchvision's subclasses carry no types
+    """Without torchvision's subclass, which would go through every operation."""
+    return cast("Tensor", tensor.as_subclass(Tensor))
 
 
 def _check_few_shot(k_shot: int, references: str | list[str] | None) -> None:
@@ -544,13 +410,3 @@ def _check_few_shot(k_shot: int, references: str | list[str] | None) -> None:
     if references is not None and not k_shot:
         msg = "`references` are given but `k_shot` is 0. Set `k_shot` to the number of them to use."
         raise ValueError(msg)
-
-
-def _trained_on(datamodule: AnomalibDataModule | None) -> dict[str, list[str]]:
-    """anomalib's names of the data sets of a datamodule, and their categories."""
-    if datamodule is None:
-        return {}
-    sources = getattr(datamodule, "sources", None)
-    if sources is not None:
-        return dict(sources)
-    return {datamodule.name: [datamodule.category] if datamodule.category else []}

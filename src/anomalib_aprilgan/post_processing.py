@@ -97,13 +97,15 @@ class AprilGANPostProcessor(PostProcessor):
 
     def forward(self, predictions: InferenceBatch) -> InferenceBatch:
         """Fused, scaled and thresholded predictions."""
-        return super().forward(self._fused(predictions))
+        if self.fuse_map_maximum:
+            predictions = predictions._replace(pred_score=self.fuse(*_text_and_map(predictions)))
+        return super().forward(predictions)
 
-    def on_validation_batch_end(
+    def on_validation_batch_end(  # type: ignore[override]  # as anomalib's own
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
+        outputs: Batch[Any],
         *args: Any,  # noqa: ANN401  # anomalib's signature
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
@@ -111,7 +113,7 @@ class AprilGANPostProcessor(PostProcessor):
         if not self.fuse_map_maximum:
             super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
             return
-        self._validation_scores.update(outputs.pred_score, outputs.anomaly_map, outputs.gt_label)
+        self._validation_scores.update(*_text_and_map(outputs), outputs.gt_label)
         if self.enable_thresholding:
             self._pixel_threshold_metric.update(outputs)
         if self.enable_normalization:
@@ -125,23 +127,18 @@ class AprilGANPostProcessor(PostProcessor):
             self.map_maximum_min.copy_(map_maximum.min())
             self.map_maximum_max.copy_(map_maximum.max())
             fused = self._fuse_maximum(text_probability, map_maximum)
-            scores = SimpleNamespace(pred_score=fused, gt_label=label)
+            scores: Any = SimpleNamespace(pred_score=fused, gt_label=label)  # the two fields the metrics read
             if self.enable_thresholding and label is not None:
                 self._image_threshold_metric.update(scores)
             if self.enable_normalization:
                 self._image_min_max_metric.update(scores)
         super().on_validation_epoch_end(trainer, pl_module)
 
-    def post_process_batch(self, batch: Batch) -> None:
+    def post_process_batch(self, batch: Batch[Any]) -> None:
         """Fuse, scale and threshold a batch in place (test and predict)."""
         if self.fuse_map_maximum:
-            batch.pred_score = self.fuse(batch.pred_score, batch.anomaly_map)
+            batch.pred_score = self.fuse(*_text_and_map(batch))
         super().post_process_batch(batch)
-
-    def _fused(self, predictions: InferenceBatch) -> InferenceBatch:
-        if not self.fuse_map_maximum:
-            return predictions
-        return predictions._replace(pred_score=self.fuse(predictions.pred_score, predictions.anomaly_map))
 
     def _fuse_maximum(self, text_probability: Tensor, map_maximum: Tensor) -> Tensor:
         span = self.map_maximum_max - self.map_maximum_min
@@ -182,6 +179,18 @@ def scale_between(values: Tensor, low: Tensor, threshold: Tensor, high: Tensor) 
     beyond = 0.5 - TAIL / (1.0 + (0.5 - TAIL) / TAIL * (distance - 1.0).clamp(min=0.0))
     half = torch.where(distance <= 1.0, inside, beyond)
     return torch.where(offset < 0, 0.5 - half, 0.5 + half)
+
+
+def _text_and_map(predictions: Batch[Any] | InferenceBatch) -> tuple[Tensor, Tensor]:
+    """The two that the few-shot score is fused from.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    if predictions.pred_score is None or predictions.anomaly_map is None:
+        msg = "The few-shot score is fused from `pred_score` and `anomaly_map`, and one of them is missing."
+        raise ValueError(msg)
+    return predictions.pred_score, predictions.anomaly_map
 
 
 class _ScoreStore(Metric):

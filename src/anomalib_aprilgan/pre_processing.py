@@ -16,7 +16,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class EightBitResize(Resize):
+class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
     """Antialiased resize as Pillow does it on 8-bit pixels: quantise, filter the rows, the columns, quantise.
 
     The published results rest on Pillow's resize. torchvision's differs on float images, OpenVINO
@@ -146,10 +146,10 @@ def _filter_matrix(length: int, target: int, kernel: Callable[[Tensor], Tensor],
     The kernel widens with the reduction, and taps outside the image are left out (Pillow, Resample.c).
     """
     scale = length / target
-    width = torch.sym_max(scale, 1.0)
+    widening: float = torch.sym_max(scale, 1.0)  # type: ignore[assignment]  # symbolic in an export
     centres = (torch.arange(target, device=device, dtype=torch.float64) + 0.5) * scale
     taps = torch.arange(length, device=device, dtype=torch.float64) + 0.5
-    weights = kernel((taps[None, :] - centres[:, None]).abs() / width)
+    weights = kernel((taps[None, :] - centres[:, None]).abs() / widening)
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 

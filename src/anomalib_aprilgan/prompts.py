@@ -8,7 +8,7 @@ from string import Formatter
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 # The states and templates of the authors' code (prompt_ensemble.py), in its order. arXiv:2305.17382
 # speaks of 85 templates, which is CLIP's list; the code, and with it the published tables, has these 35.
@@ -88,6 +88,7 @@ class PromptEnsemble:
     templates: tuple[str, ...] = TEMPLATES
 
     def __post_init__(self) -> None:
+        """Refuse entries that make no sentence."""
         for name, entries in (("normal", self.normal), ("anomalous", self.anomalous), ("templates", self.templates)):
             if not entries:
                 msg = f"`prompts.{name}` must hold at least one entry, got none."
@@ -123,7 +124,7 @@ class PromptEnsemble:
             raise ValueError(msg)
         for key, entries in content.items():
             if not isinstance(entries, list):
-                msg = f"`prompts`: {key} in {path} must be a list of strings, got {type(entries).__name__}."
+                msg = f"`prompts`: {key!r} in {path} must be a list of strings, got {type(entries).__name__}."
                 raise ValueError(msg)
         return cls(**{str(key): tuple(entries) for key, entries in content.items()})
 

@@ -4,17 +4,74 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import get_image_filenames, read_image
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-ReferenceSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+References = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def list_references(references: ReferenceSource) -> list[Path]:
+@dataclass(frozen=True)
+class ReferenceSource:
+    """Where references are drawn from, and how: what tells whether a memory bank is still the right one.
+
+    Args:
+        k_shot: How many.
+        seed: Seed of the draw.
+        given: The user's folder or list; else the training images of ``datamodule``.
+        datamodule: anomalib's datamodule, where there is one.
+    """
+
+    k_shot: int
+    seed: int
+    given: References | None
+    datamodule: AnomalibDataModule | None
+
+    @property
+    def is_available(self) -> bool:
+        """Whether there is anything to draw from."""
+        return self.given is not None or getattr(self.datamodule, "train_data", None) is not None
+
+    @property
+    def name(self) -> str:
+        """The source in words."""
+        if self.given is not None:
+            return f"`references` {self.given}"
+        return f"the training images of {self._module.name} {self._module.category}".rstrip()
+
+    @property
+    def _module(self) -> AnomalibDataModule:
+        if self.datamodule is None:
+            msg = "There is no datamodule to draw references from; ask `is_available` first."
+            raise RuntimeError(msg)
+        return self.datamodule
+
+    @property
+    def key(self) -> list[str]:
+        """Plain data, equal for equal draws."""
+        return [self.name, str(self.k_shot), str(self.seed)]
+
+    def draw(self) -> list[Path]:
+        """The chosen files.
+
+        Raises:
+            FileNotFoundError: A given path does not exist.
+            ValueError: There are too few images.
+        """
+        if self.given is not None:
+            files = list_references(self.given)
+        else:
+            samples = self._module.train_data.samples
+            files = sorted(Path(path) for path in samples.image_path[samples.label_index == 0])
+        return draw_references(files, self.k_shot, self.seed, self.name)
+
+
+def list_references(references: References) -> list[Path]:
     """Image files of a folder (sorted), of one file, or of a list.
 
     Raises:

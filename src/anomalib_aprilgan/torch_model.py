@@ -138,12 +138,13 @@ class AprilGANModel(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> VisionOutput:
         """One pass of the frozen tower over the union of both stage lists."""
-        return self.backbone(images, self._tapped)
+        output: VisionOutput = self.backbone(images, self._tapped)
+        return output
 
     @torch.no_grad()
     def remember(self, images: Tensor) -> None:
         """Fill the memory bank with normal images ``(K, 3, H, W)``, one pass each."""
-        outputs = [self._memory_tokens(self.encode(image)) for image in images.split(1)]
+        outputs = [self._memory_tokens(self.encode(image)) for image in torch.split(images, 1)]
         self.memory_bank.fill([torch.cat(stage) for stage in zip(*outputs, strict=True)])
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class AprilGANModel(nn.Module):
         """
         size = (images.shape[-2], images.shape[-1])
         maxima = []
-        for shot, image in enumerate(images.split(1)):
+        for shot, image in enumerate(torch.split(images, 1)):
             output = self.encode(image)
             with _full_precision(image):
                 probabilities = self._probability_maps(output, self._text_features_of(None), size)
@@ -203,7 +204,9 @@ class AprilGANModel(nn.Module):
 
 
 def _full_precision(images: Tensor) -> AbstractContextManager[object]:
-    """Scores and maps are computed in fp32 whatever the trainer's precision: a half-precision logit near 25
-    has steps of 1/64 to 1/8, so scores would tie and maps band."""
+    """Context in which scores and maps are computed in fp32, whatever the trainer's precision.
+
+    A half-precision logit near 25 has steps of 1/64 to 1/8: scores would tie and maps band.
+    """
     device = images.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -38,11 +38,11 @@ class WeightsUnavailableError(FileNotFoundError):
 
 @dataclass(frozen=True)
 class AuthorsAdapters:
-    """One adapter file of the authors' repository.
+    r"""One adapter file of the authors' repository.
 
     Args:
         file_name: Name in the repository's ``exps/pretrained``.
-        git_blob_id: SHA-1 of ``"blob <size>\\0"`` and the file's bytes, from the repository's tree.
+        git_blob_id: SHA-1 of ``"blob <size>\0"`` and the file's bytes, from the repository's tree.
         trained_on: anomalib's name of the data set whose test images trained it.
     """
 
@@ -77,9 +77,7 @@ def authors_adapters(name: str) -> Path:
     if target.is_file() and git_blob_id(target) == source.git_blob_id:
         return target
     url = f"{os.environ.get(ADAPTERS_URL_VARIABLE, ADAPTERS_URL).rstrip('/')}/{source.file_name}"
-    remedy = (
-        f"Fetch {url} elsewhere and put it at {target}, or pass its path: `adapters=/path/to/{source.file_name}`."
-    )
+    remedy = f"Fetch {url} elsewhere and put it at {target}, or pass its path: `adapters=/path/to/{source.file_name}`."
     if is_offline():
         msg = f"`adapters={name!r}`: {target} is missing or damaged and HF_HUB_OFFLINE is set. {remedy}"
         raise WeightsUnavailableError(msg)
@@ -128,7 +126,7 @@ def sha256(path: Path) -> str:
 
 
 def git_blob_id(path: Path) -> str:
-    """Name that git gives to a file's content: SHA-1 of ``"blob <size>\\0"`` and the bytes."""
+    r"""Name that git gives to a file's content: SHA-1 of ``"blob <size>\0"`` and the bytes."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -179,7 +177,7 @@ def read_state_dict(path: Path, argument: str, nested_under: str = "state_dict")
 
 def _read_torch_file(path: Path) -> Any:  # noqa: ANN401  # whatever the file holds; the caller checks
     if _is_torchscript(path):
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
         return {name: value for name, value in state.items() if name not in _ARCHIVE_CONSTANTS}
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -211,5 +209,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def _expect(file: Path, kind: str, expected: str, found: str) -> None:
     if found != expected:
-        msg = f"the downloaded file has {kind} {found}, expected {expected} ({file.stat().st_size} bytes); it was deleted."
+        size = file.stat().st_size
+        msg = f"the file has {kind} {found} ({size} bytes), expected {expected}: it is not the published one."
         raise ValueError(msg)

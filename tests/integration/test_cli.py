@@ -184,7 +184,13 @@ def test_class_path_without_the_hook(tmp_path: Path, model_arguments: list[str])
 
 
 def test_unavailable_weights_end_with_the_remedy(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "HF_HOME": str(tmp_path), "COLUMNS": "300"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+        "COLUMNS": "300",
+    }
     process = subprocess.run(
         [ANOMALIB, "predict", "--model=AprilGAN", f"--data={DATASET / 'tile' / 'test' / 'hole'}"],
         cwd=tmp_path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from torchvision.tv_tensors import Image, Mask
 from .class_batch import ClassImageBatch, ClassImageItem
 from .mosaic import mosaic
 
-_DATASETS: dict[str, tuple[type[AnomalibDataModule], tuple[str, ...]]] = {
+_DATASETS: dict[str, tuple[Callable[..., AnomalibDataModule], tuple[str, ...]]] = {
     "mvtec": (MVTecAD, MVTEC_AD_CATEGORIES),
     "visa": (Visa, VISA_CATEGORIES),
 }
@@ -54,6 +54,9 @@ class AuxiliaryData(AnomalibDataModule):
         ValueError: No data, or both ways of validation.
     """
 
+    train_data: MultiCategoryDataset
+    seed: int
+
     def __init__(
         self,
         dataset: str | None = None,
@@ -79,7 +82,7 @@ class AuxiliaryData(AnomalibDataModule):
             raise ValueError(msg)
         self.datamodules = [*_expand(dataset, root, categories), *(datamodules or [])]
         if not self.datamodules:
-            msg = f"`dataset` must be one of {tuple(_DATASETS)}, or `datamodules` a list of anomalib datamodules; got neither."
+            msg = f"`dataset` must be one of {tuple(_DATASETS)}, or `datamodules` a list of datamodules; got neither."
             raise ValueError(msg)
         self.mosaic_rate = mosaic_rate
         self.held_out_ratio = val_split_ratio
@@ -113,24 +116,20 @@ class AuxiliaryData(AnomalibDataModule):
         self._update_augmentations()
 
     def _setup(self, _stage: str | None = None) -> None:
+        images: AnomalibDataset
         images = MultiCategoryDataset([_test_data(module) for module in self.datamodules], self.datamodules)
         if self.validation is not None:
             self.val_data = MultiCategoryDataset([_test_data(self.validation)], [self.validation])
         elif self.held_out_ratio:
             images, self.val_data = random_split(images, self.held_out_ratio, label_aware=True, seed=self.seed)
-        self.train_data = images
+        self.train_data = cast("MultiCategoryDataset", images)
         self.train_data.mosaic_rate = self.mosaic_rate
         self.train_data.seed = self.seed
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training images; the order depends on the seed and the epoch alone."""
-        distributed = self.trainer is not None and self.trainer.world_size > 1
-        sampler = EpochSampler(
-            self.train_data,
-            num_replicas=self.trainer.world_size if distributed else 1,
-            rank=self.trainer.global_rank if distributed else 0,
-            seed=self.seed,
-        )
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        sampler = EpochSampler(self.train_data, num_replicas=replicas, rank=rank, seed=self.seed)
         return DataLoader(
             self.train_data,
             sampler=sampler,
@@ -141,7 +140,7 @@ class AuxiliaryData(AnomalibDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out or other images; nothing where none were asked for."""
-        return super().val_dataloader() if hasattr(self, "val_data") else []
+        return cast("DataLoader[Any]", super().val_dataloader()) if hasattr(self, "val_data") else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The validation images: they alone were not trained on.
@@ -152,7 +151,7 @@ class AuxiliaryData(AnomalibDataModule):
         if not hasattr(self, "val_data"):
             msg = "There is nothing to test on: set `val_split_ratio` or `validation`, or test on another datamodule."
             raise RuntimeError(msg)
-        return super().val_dataloader()
+        return cast("DataLoader[Any]", super().val_dataloader())
 
 
 class MultiCategoryDataset(AnomalibDataset):
@@ -230,7 +229,7 @@ class EpochSampler(DistributedSampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch."""
         super().set_epoch(epoch)
-        self.dataset.epoch = epoch
+        cast("MultiCategoryDataset", self.dataset).epoch = epoch
 
 
 def _expand(dataset: str | None, root: str | Path | None, categories: list[str] | None) -> list[AnomalibDataModule]:

@@ -7,6 +7,11 @@ but what a starting Python has imported anyway. ``ANOMALIB_APRILGAN_NO_AUTOLOAD=
 import os
 import sys
 
+TYPE_CHECKING = False  # typing is not imported at start-up
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 AWAITED = "anomalib.models"
 
 
@@ -14,7 +19,7 @@ class AwaitModels:
     """A finder that finds nothing itself: it lets the others find ``anomalib.models`` and registers after it."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: object = None, target: object = None) -> "ModuleSpec | None":  # noqa: ARG004  # the import system's signature
         """Spec of ``anomalib.models`` with a loader that registers AprilGAN when it is done."""
         if name != AWAITED:
             return None
@@ -26,24 +31,24 @@ class AwaitModels:
         if spec is not None and spec.loader is not None and "anomalib_aprilgan" not in sys.modules:
             execute = spec.loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module: "ModuleType") -> None:
                 execute(module)
                 _register()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # this one loader object, once
         return spec
 
 
-def install():
+def install() -> None:
     """Begin to wait."""
     if os.environ.get("ANOMALIB_APRILGAN_NO_AUTOLOAD", "0") in {"", "0"}:
         sys.meta_path.insert(0, AwaitModels)
 
 
-def _register():
+def _register() -> None:
     try:
         import anomalib_aprilgan  # noqa: F401  # registers itself
-    except Exception as error:  # noqa: BLE001  # nothing of ours may break a Python that did not ask for it
+    except Exception as error:  # nothing of ours may break a Python that did not ask for it
         import warnings
 
         warnings.warn(f"anomalib_aprilgan could not be loaded into anomalib: {error!r}", stacklevel=2)
