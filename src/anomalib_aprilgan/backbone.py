@@ -309,6 +309,13 @@ def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
     return ClipBackbone(architecture, read_state_dict(path, "pretrained"), str(path))
 
 
+def random_weights(architecture: ClipArchitecture, seed: int) -> dict[str, Tensor]:
+    """Weights of a CLIP that has learned nothing: open_clip's initialisation, repeatable."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return dict(build_clip(architecture).state_dict())
+
+
 def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Channel means and standard deviations a tag's weights were trained with; ``None`` for files and unknown tags."""
     import open_clip

@@ -26,7 +26,9 @@ def test_each_stage_has_its_own_map() -> None:
     given = tokens(3)
     for number, features in enumerate(adapters(given)):
         layer = adapters.fc[number]
-        slow = torch.stack([torch.stack([layer.weight @ patch + layer.bias for patch in image]) for image in given[number]])
+        slow = torch.stack(
+            [torch.stack([layer.weight @ patch + layer.bias for patch in image]) for image in given[number]]
+        )
         torch.testing.assert_close(features, slow, atol=1e-6, rtol=1e-5)
     assert adapters.fc[0].weight.ne(adapters.fc[1].weight).any()
 

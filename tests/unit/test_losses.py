@@ -61,7 +61,9 @@ class TestFocal:
 
     def test_mask_dtype_does_not_matter(self) -> None:
         probabilities, target = case()
-        losses = {focal_loss(probabilities, target.to(dtype)).item() for dtype in (torch.bool, torch.uint8, torch.float32)}
+        losses = {
+            focal_loss(probabilities, target.to(dtype)).item() for dtype in (torch.bool, torch.uint8, torch.float32)
+        }
         assert losses == {focal_loss(probabilities, target).item()}
 
     @pytest.mark.parametrize(

@@ -110,11 +110,16 @@ class TestFusion:
         assert not plain.pred_label.item()
         assert fused.pred_label.item()
 
+    def test_fusion_without_a_map(self) -> None:
+        predictions = InferenceBatch(pred_score=torch.tensor([0.2]), anomaly_map=None)
+        with pytest.raises(ValueError, match="fused from `pred_score` and `anomaly_map`, and one of them is missing"):
+            AprilGANPostProcessor(fuse_map_maximum=True)(predictions)
+
 
 class TestDefaults:
     def test_documented_bounds(self) -> None:
         buffers = {name: value.item() for name, value in AprilGANPostProcessor(6.0).named_buffers()}
-        assert buffers["image_min"], buffers["image_max"] == (0.0, 1.0)
+        assert (buffers["image_min"], buffers["image_max"]) == (0.0, 1.0)
         assert (buffers["_image_threshold"], buffers["_pixel_threshold"]) == (0.5, 3.0)
         assert (buffers["pixel_min"], buffers["pixel_max"]) == (0.0, 6.0)
         assert (buffers["map_maximum_min"], buffers["map_maximum_max"]) == (0.0, 6.0)

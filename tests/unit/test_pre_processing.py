@@ -40,9 +40,16 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def pillow(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    resized = PillowImage.fromarray(pixels).resize((size[1], size[0]), PillowImage.Resampling.BICUBIC)
-    return as_tensor(np.asarray(resized))
+def pillow(
+    pixels: np.ndarray, size: tuple[int, int], kernel: PillowImage.Resampling = PillowImage.Resampling.BICUBIC
+) -> np.ndarray:
+    """Pillow's resize, along the width and then along the height.
+
+    Up to version 12 that is what a single call does, and what the published results rest on;
+    version 13 takes the cheaper order, which moves noise by up to 17 steps of 255.
+    """
+    image = PillowImage.fromarray(pixels)
+    return np.array(image.resize((size[1], image.height), kernel).resize((size[1], size[0]), kernel))
 
 
 class TestImage:
@@ -50,10 +57,10 @@ class TestImage:
     def test_within_one_step_of_pillow(self, before: tuple[int, int], after: tuple[int, int]) -> None:
         pixels = picture(*before)
         ours = resize_image(as_tensor(pixels), after) * 255
-        difference = (ours - pillow(pixels, after)).abs()
+        difference = (ours - as_tensor(pillow(pixels, after))).abs()
         assert ours.shape == (3, *after)
         assert difference.max() < 1.01
-        assert difference.gt(0.5).float().mean() < 0.02  # few pixels at all
+        assert difference.gt(0.5).float().mean() < 0.01  # where a sum lies half-way
 
     @pytest.mark.parametrize(("before", "after"), SIZES)
     def test_floats_give_the_same_as_bytes(self, before: tuple[int, int], after: tuple[int, int]) -> None:
@@ -107,10 +114,11 @@ class TestImage:
     def test_antialias_matters(self) -> None:
         """What the class is for: without antialias the same reduction lands far off."""
         pixels = picture(100, 100)
-        expected = pillow(pixels, (25, 25)).float()
+        expected = as_tensor(pillow(pixels, (25, 25))).float()
         plain = torch.nn.functional.interpolate(as_tensor(pixels)[None].float(), (25, 25), mode="bicubic")[0]
         ours = resize_image(as_tensor(pixels), (25, 25)) * 255
-        assert (plain - expected).abs().mean() > 20 > 0.05 > (ours - expected).abs().mean()
+        assert (plain - expected).abs().mean() > 20
+        assert (ours - expected).abs().mean() < 0.05
 
     def test_argument_is_left_alone(self) -> None:
         image = torch.rand(3, 10, 10)
@@ -126,7 +134,7 @@ class TestMask:
         mask = np.zeros(before, dtype=np.uint8)
         mask[rng.random(before) < 0.1] = 255
         mask[before[0] // 3 : before[0] // 3 * 2 + 1, before[1] // 3 : before[1] // 3 * 2 + 1] = 255
-        theirs = np.asarray(PillowImage.fromarray(mask).resize((after[1], after[0]), PillowImage.Resampling.BILINEAR))
+        theirs = pillow(mask, after, PillowImage.Resampling.BILINEAR)
         ours = resize_mask(torch.from_numpy(mask), after)
         # Where Pillow's value is not at the cut itself there is no room for a difference.
         clear = torch.from_numpy(np.abs(theirs.astype(float) - 127.5) > 1)

@@ -71,7 +71,10 @@ class TestFromFile:
 
     def test_all_keys_and_a_path_as_string(self, tmp_path: Path) -> None:
         path = write(tmp_path, "normal: ['{}']\nanomalous: ['kaputte {}', 'ölige {}']\ntemplates: ['{}?']\n")
-        assert PromptEnsemble.from_file(str(path)).sentences("Mutter") == (["Mutter?"], ["kaputte Mutter?", "ölige Mutter?"])
+        assert PromptEnsemble.from_file(str(path)).sentences("Mutter") == (
+            ["Mutter?"],
+            ["kaputte Mutter?", "ölige Mutter?"],
+        )
 
     def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"`prompts`: no file .*absent\.yaml\. Pass a YAML file"):
@@ -88,8 +91,8 @@ class TestFromFile:
             ("normal: ['good part']\n", r"`prompts.normal` entries need exactly one '\{\}', got 'good part'"),
             ("templates: ['{} of {}']\n", r"`prompts.templates` entries need exactly one '\{\}', got '\{\} of \{\}'"),
             ("anomalous: [7]\n", r"`prompts.anomalous` entries need exactly one '\{\}', got 7"),
-            ("normal: '{}'\n", r"normal in .* must be a list of strings, got str"),
-            ("normal:\n", r"normal in .* must be a list of strings, got NoneType"),
+            ("normal: '{}'\n", r"'normal' in .* must be a list of strings, got str"),
+            ("normal:\n", r"'normal' in .* must be a list of strings, got NoneType"),
             ("normal: ['${missing}']\n", r"`prompts.normal` entries need|is not readable YAML"),
         ],
     )

@@ -1,6 +1,7 @@
 """The arithmetic of scores and maps against loops written out, and the laws it obeys."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ class TestMaps:
         logits = torch.tensor([[[0.0, 40.0], [0.0, 0.0], [0.0, 40.0], [0.0, 0.0]]])
         middle = text_probability_maps(logits, (2, 2), (3, 3))[0, 1, :, 1]
         assert middle.min() > 1 - 1e-6
-        before = F.interpolate(logits.softmax(-1)[..., 1].reshape(1, 1, 2, 2), (3, 3), mode="bilinear", align_corners=True)
+        before = F.interpolate(
+            logits.softmax(-1)[..., 1].reshape(1, 1, 2, 2), (3, 3), mode="bilinear", align_corners=True
+        )
         torch.testing.assert_close(before[0, 0, :, 1], torch.full((3,), 0.75))
 
     def test_corners_keep_their_patches(self) -> None:
@@ -148,7 +151,7 @@ class TestNearestNormalDistance:
         patches = random(3, 20, 8)
         bank = [F.normalize(random(20, 8, seed=seed), dim=-1) for seed in range(10, 15)]
         distances = [nearest_normal_distance(patches, bank[:shots]) for shots in range(1, 6)]
-        for fewer, more in zip(distances, distances[1:], strict=False):
+        for fewer, more in pairwise(distances):
             assert (more <= fewer).all()
             assert (more < fewer).any()
 

@@ -1,0 +1,1 @@
+"""Measuring and showing: speed, figures. Nothing else in the package imports this."""

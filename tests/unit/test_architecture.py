@@ -1,0 +1,115 @@
+"""The house rules that can be read off the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import anomalib_aprilgan
+
+PACKAGE = Path(anomalib_aprilgan.__file__).parent
+GROUND = (
+    "prompts",
+    "adapters",
+    "memory_bank",
+    "scoring",
+    "losses",
+    "weights",
+    "pre_processing",
+    "post_processing",
+    "references",
+)
+# Floors from the ground up; a module imports from lower ones alone. The packages `data` and `evaluation`
+# are one room each: inside them modules may import each other.
+FLOORS = [
+    (*GROUND, "data"),
+    ("pretrained",),
+    ("backbone",),
+    ("checkpoint",),
+    ("torch_model",),
+    ("preparation",),
+    ("lightning_model",),
+    ("plugin", "quickstart"),
+    ("__init__",),
+    ("evaluation",),
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names below the package, without what the start-up hook installs beside it."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] != "startup":
+            found[".".join(parts)] = path
+    return found
+
+
+def imported(name: str, path: Path) -> set[str]:
+    """Absolute dotted names of everything a module imports, at any depth of its code."""
+    package = ["anomalib_aprilgan", *name.split(".")[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    """Rooms of this package among imported names."""
+    own = {name.split(".")[1] for name in names if name.startswith("anomalib_aprilgan.")}
+    # `from anomalib_aprilgan import AprilGAN` goes through the front door.
+    return {room if room in FLOOR_OF else "__init__" for room in own}
+
+
+MODULES = modules()
+
+
+def test_every_module_has_its_floor() -> None:
+    assert len(MODULES) > 15
+    assert {name.split(".")[0] for name in MODULES} <= set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    room = name.partition(".")[0]
+    above = {other for other in rooms_of(imported(name, MODULES[name])) if FLOOR_OF[other] >= FLOOR_OF[room]}
+    assert above <= ({room} if room in {"data", "evaluation"} else set())
+
+
+def test_only_the_backbone_knows_open_clip() -> None:
+    users = {
+        name
+        for name, path in MODULES.items()
+        if any(module.split(".")[0] == "open_clip" for module in imported(name, path))
+    }
+    assert users == {"backbone"}
+
+
+def test_no_room_for_odds_and_ends() -> None:
+    assert not {"utils", "util", "common", "helpers", "base", "misc"} & {name.split(".")[-1] for name in MODULES}
+
+
+def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import open_clip.model\n"
+        "from . import plugin\n"
+        "from ..weights import fetch\n"
+        "def f():\n"
+        "    from anomalib_aprilgan import AprilGAN\n",
+        encoding="utf-8",
+    )
+    names = imported("data.module", path)
+    assert names == {
+        "open_clip.model",
+        "anomalib_aprilgan.data.plugin",
+        "anomalib_aprilgan.weights.fetch",
+        "anomalib_aprilgan.AprilGAN",
+    }
+    assert rooms_of(names) == {"data", "weights", "__init__"}

@@ -1,0 +1,215 @@
+"""Adapter files: round trip with provenance, the authors' layout, and what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anomalib_aprilgan import checkpoint
+from anomalib_aprilgan.adapters import LinearAdapters
+from anomalib_aprilgan.backbone import ClipArchitecture
+from anomalib_aprilgan.checkpoint import (
+    AUTHORS_KEY,
+    Provenance,
+    check_shapes,
+    load_adapters,
+    load_resolved_adapters,
+    resolve_adapters,
+    save_adapters,
+)
+
+PROVENANCE = Provenance(
+    trained_on={"MVTecAD": ["bottle", "tile"]},
+    backbone="ViT-tiny",
+    fingerprint="00ff",
+    stages=[1, 3],
+    quick_gelu=False,
+    image_size=[96, 64],
+    versions={"torch": "2.10"},
+)
+ARCHITECTURE = ClipArchitecture("ViT-tiny", {}, (96, 64))
+
+
+def adapters(stages: int = 2, width: int = 6, embed_dim: int = 4) -> dict[str, Tensor]:
+    torch.manual_seed(stages)
+    return LinearAdapters(stages, width, embed_dim).state_dict()
+
+
+class TestFiles:
+    def test_round_trip(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "adapters.safetensors"
+        save_adapters(path, adapters(), PROVENANCE)
+        state_dict, provenance = load_adapters(path)
+        assert provenance == PROVENANCE
+        assert set(state_dict) == set(adapters())
+        assert all(torch.equal(state_dict[name], value) for name, value in adapters().items())
+        assert [file.name for file in path.parent.iterdir()] == ["adapters.safetensors"]
+
+    def test_metadata_is_readable_json(self, tmp_path: Path) -> None:
+        save_adapters(tmp_path / "a.safetensors", adapters(), PROVENANCE)
+        with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+            content = json.loads(file.metadata()["anomalib_aprilgan"])
+        assert content["trained_on"] == {"MVTecAD": ["bottle", "tile"]}
+        assert content["stages"] == [1, 3]
+
+    def test_parameters_and_views_are_written_as_values(self, tmp_path: Path) -> None:
+        module = LinearAdapters(1, 6, 4)
+        transposed = {"fc.0.weight": module.fc[0].weight.T, "fc.0.bias": module.fc[0].bias}
+        save_adapters(tmp_path / "a.safetensors", transposed, Provenance())
+        state_dict, _ = load_adapters(tmp_path / "a.safetensors")
+        assert torch.equal(state_dict["fc.0.weight"], module.fc[0].weight.T)
+        assert not state_dict["fc.0.weight"].requires_grad
+
+    def test_authors_layout_has_no_provenance(self, tmp_path: Path) -> None:
+        torch.save({AUTHORS_KEY: adapters()}, tmp_path / "authors.pth")
+        state_dict, provenance = load_adapters(tmp_path / "authors.pth")
+        assert provenance == Provenance()
+        assert all(torch.equal(state_dict[name], value) for name, value in adapters().items())
+
+    def test_safetensors_of_others_have_no_provenance(self, tmp_path: Path) -> None:
+        save_file(adapters(), tmp_path / "a.safetensors")
+        save_file(adapters(), tmp_path / "b.safetensors", metadata={"format": "pt"})
+        assert (
+            load_adapters(tmp_path / "a.safetensors")[1] == load_adapters(tmp_path / "b.safetensors")[1] == Provenance()
+        )
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"`adapters`: no weight file .*absent"):
+            load_adapters(tmp_path / "absent.safetensors")
+
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+    def test_weights_that_are_no_adapters(self, tmp_path: Path, name: str) -> None:
+        content = {"visual.proj": torch.zeros(2, 2), "logit_scale": torch.zeros(1)}
+        save_file(content, tmp_path / name) if name.endswith("safetensors") else torch.save(content, tmp_path / name)
+        with pytest.raises(
+            ValueError, match=r"holds no adapters: expected names fc\.<i>\.weight .*, got .*visual\.proj"
+        ):
+            load_adapters(tmp_path / name)
+
+    def test_truncated(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.safetensors"
+        save_adapters(path, adapters(), PROVENANCE)
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(ValueError, match=r"`adapters`: .*a\.safetensors .* cannot be read"):
+            load_adapters(path)
+
+
+class TestShapes:
+    def test_fitting_adapters_pass(self) -> None:
+        assert check_shapes(adapters(), adapters(), "a.pth") is None
+
+    @pytest.mark.parametrize("found", [1, 4])
+    def test_other_number_of_stages(self, found: int) -> None:
+        with pytest.raises(ValueError, match=rf"`adapters`: a\.pth is for {found} stages, the model taps 2\."):
+            check_shapes(adapters(found), adapters(2), "a.pth")
+
+    @pytest.mark.parametrize(("width", "embed_dim"), [(8, 4), (6, 5)])
+    def test_other_width_names_both(self, width: int, embed_dim: int) -> None:
+        text = rf"a\.pth is for another CLIP: fc\.0\.weight is \({embed_dim}, {width}\) .*the model needs \(4, 6\)"
+        with pytest.raises(ValueError, match=text):
+            check_shapes(adapters(2, width, embed_dim), adapters(2), "a.pth")
+
+    def test_a_missing_bias_is_not_called_a_missing_stage(self) -> None:
+        incomplete = {name: value for name, value in adapters(2).items() if name != "fc.1.bias"}
+        with pytest.raises(ValueError, match=r"fc\.1\.bias"):
+            check_shapes(incomplete, adapters(2), "a.pth")
+
+
+class TestProvenance:
+    def test_survives_plain_data_and_later_versions(self) -> None:
+        content = PROVENANCE.to_dict() | {"of_a_later_version": 1}
+        assert Provenance.from_dict(json.loads(json.dumps(content))) == PROVENANCE
+
+    @pytest.mark.parametrize(
+        ("trained_on", "name", "category", "words"),
+        [
+            ({"MVTecAD": ["bottle", "tile"]}, "MVTecAD", "tile", "MVTecAD (tile)"),
+            ({"MVTecAD": ["bottle"]}, "MVTecAD", "tile", None),
+            ({"MVTecAD": ["bottle"]}, "Visa", "bottle", None),
+            ({"MVTecAD": []}, "MVTecAD", "tile", "MVTecAD (tile)"),  # all of it
+            ({"Folder": []}, "Folder", None, "Folder"),
+            ({"Folder": ["bottle"]}, "Folder", None, "Folder"),  # it cannot be told: rather one warning too many
+            ({}, "MVTecAD", "tile", None),
+        ],
+    )
+    def test_overlap(
+        self, trained_on: dict[str, list[str]], name: str, category: str | None, words: str | None
+    ) -> None:
+        assert Provenance(trained_on=trained_on).overlap(SimpleNamespace(name=name, category=category)) == words
+
+    def test_overlap_with_several_data_sets_and_with_none(self) -> None:
+        datamodule = SimpleNamespace(sources={"Visa": ["pcb1"], "MVTecAD": ["bottle", "wood", "tile"]})
+        assert PROVENANCE.overlap(datamodule) == "MVTecAD (bottle, tile)"
+        assert PROVENANCE.overlap(None) is None
+
+    def test_of_training(self) -> None:
+        architecture = ClipArchitecture("ViT-tiny", {"quick_gelu": True}, (96, 64))
+        datamodule = SimpleNamespace(sources={"MVTecAD": ["bottle"]})
+        provenance = Provenance.of_training(datamodule, architecture, "00ff", (1, 3))
+        assert provenance.trained_on == {"MVTecAD": ["bottle"]}
+        assert (provenance.backbone, provenance.fingerprint, provenance.quick_gelu) == ("ViT-tiny", "00ff", True)
+        assert (provenance.stages, provenance.image_size) == ([1, 3], [96, 64])
+        assert set(provenance.versions) == {"anomalib", "open_clip_torch", "torch"}
+        assert Provenance.from_dict(json.loads(json.dumps(provenance.to_dict()))) == provenance
+
+    def test_matching_and_unknown_provenance_pass(self) -> None:
+        assert PROVENANCE.check(ARCHITECTURE, "00ff", (1, 3), "a") is None
+        assert Provenance().check(ARCHITECTURE, "abcd", (2,), "a") is None
+
+    def test_other_stages(self) -> None:
+        text = r"`adapters`: a\.pth was trained for stages \(1, 3\), the model taps \(2, 4\)\."
+        with pytest.raises(ValueError, match=text):
+            PROVENANCE.check(ARCHITECTURE, "00ff", (2, 4), "a.pth")
+
+    def test_other_clip(self) -> None:
+        other = ClipArchitecture("ViT-other", {}, (96, 64))
+        text = r"trained for the CLIP ViT-tiny with weights 00ff, the model has ViT-other with weights 1234\."
+        with pytest.raises(ValueError, match=text):
+            PROVENANCE.check(other, "1234", (1, 3), "a.pth")
+
+
+class TestChoice:
+    PUBLISHED = ClipArchitecture("ViT-L-14-336", {}, (518, 518))
+
+    @pytest.mark.parametrize(
+        ("adapters", "target", "source"),
+        [
+            ("auto", "MVTecAD", "visa"),
+            ("auto", "Visa", "mvtec"),
+            ("auto", "Folder", "mvtec"),
+            ("auto", None, "mvtec"),
+            ("visa", "Visa", "visa"),  # what is asked for is given (and warned of)
+            ("mvtec", None, "mvtec"),
+            ("some/file.pth", "Visa", "some/file.pth"),
+        ],
+    )
+    def test_never_by_accident_the_data_under_test(self, adapters: str, target: str | None, source: str) -> None:
+        assert resolve_adapters(adapters, target, self.PUBLISHED) == source
+
+    @pytest.mark.parametrize("adapters", ["auto", "mvtec", "visa"])
+    def test_authors_adapters_for_another_clip(self, adapters: str) -> None:
+        text = (
+            rf"`adapters='{adapters}'` were trained for the CLIP ViT-L-14-336, the model has ViT-tiny\. Pass an adapter"
+        )
+        with pytest.raises(ValueError, match=text):
+            resolve_adapters(adapters, None, ARCHITECTURE)
+
+    def test_files_may_be_for_any_clip(self) -> None:
+        assert resolve_adapters("file.pth", None, ARCHITECTURE) == "file.pth"
+
+    def test_authors_files_get_their_provenance(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.save({AUTHORS_KEY: adapters()}, tmp_path / "authors.pth")
+        monkeypatch.setattr(checkpoint, "authors_adapters", lambda _: tmp_path / "authors.pth")
+        state_dict, provenance = load_resolved_adapters("mvtec")
+        assert provenance.trained_on == {"MVTecAD": []}
+        assert provenance.backbone == "ViT-L-14-336"
+        assert set(state_dict) == set(adapters())
+
+    def test_own_files_keep_theirs(self, tmp_path: Path) -> None:
+        save_adapters(tmp_path / "a.safetensors", adapters(), PROVENANCE)
+        assert load_resolved_adapters(str(tmp_path / "a.safetensors"))[1] == PROVENANCE
