@@ -12,6 +12,8 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -187,7 +189,13 @@ class ClipBackbone(nn.Module):
 
         Returns:
             Patch tokens and image feature.
+
+        Raises:
+            ValueError: The images have another size than the architecture.
         """
+        if tuple(images.shape[-2:]) != self.architecture.image_size:
+            msg = f"`images` must be {self.architecture.image_size} pixels for this model, got {tuple(images.shape)}."
+            raise ValueError(msg)
         visual = self.visual
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
@@ -244,7 +252,10 @@ class ClipBackbone(nn.Module):
         if text is None:
             msg = "This backbone carries no text tower (an exported model): class names cannot be encoded any more."
             raise RuntimeError(msg)
-        tokens = self._tokenizer()(sentences).to(text.positional_embedding.device)
+        config = self.architecture.config["text_cfg"]
+        options = json.dumps(config.get("tokenizer_kwargs") or {})
+        tokenizer = _tokenizer(config.get("hf_tokenizer_name"), config.get("context_length", 77), options)
+        tokens = tokenizer(sentences).to(text.positional_embedding.device)
         ends = _end_positions(text, tokens)
         length = tokens.shape[1]
         if cut_context and text.attn_mask is not None and ends is not None:
@@ -263,16 +274,6 @@ class ClipBackbone(nn.Module):
             pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
         return cast("Tensor", pooled)
 
-    def _tokenizer(self) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
-        import open_clip
-
-        config = self.architecture.config["text_cfg"]
-        context_length = config.get("context_length", 77)
-        options = config.get("tokenizer_kwargs") or {}
-        if config.get("hf_tokenizer_name"):
-            return open_clip.HFTokenizer(config["hf_tokenizer_name"], context_length=context_length, **options)
-        return open_clip.SimpleTokenizer(context_length=context_length, **options)
-
 
 def build_clip(architecture: ClipArchitecture) -> open_clip.CLIP:
     """open_clip's model of an architecture, with random weights.
@@ -285,7 +286,7 @@ def build_clip(architecture: ClipArchitecture) -> open_clip.CLIP:
     try:
         return open_clip.CLIP(**copy.deepcopy(architecture.config))
     except TypeError as error:
-        msg = f"`backbone`: open_clip {open_clip.__version__} cannot build {architecture.name}: {error}"
+        msg = f"`backbone`: open_clip {version('open_clip_torch')} cannot build {architecture.name}: {error}"
         raise ValueError(msg) from error
 
 
@@ -383,6 +384,17 @@ def _run_blocks(transformer: nn.Module, stream: Tensor, mask: Tensor | None = No
     for block in blocks:
         stream = block(stream, attn_mask=mask)
         yield stream if batch_first else stream.transpose(0, 1)
+
+
+@lru_cache
+def _tokenizer(
+    hub_name: str | None, context_length: int, options: str
+) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
+    import open_clip
+
+    if hub_name:
+        return open_clip.HFTokenizer(hub_name, context_length=context_length, **json.loads(options))
+    return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
 
 
 def _end_positions(text: open_clip.CLIP, tokens: Tensor) -> Tensor | None:

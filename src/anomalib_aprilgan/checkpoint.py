@@ -174,9 +174,12 @@ def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor
     Raises:
         ValueError: Both sides are named.
     """
-    found_stages, stages = len(state_dict) // 2, len(expected) // 2
-    if set(state_dict) != set(expected):
+    found_stages, stages = (len({name.split(".")[1] for name in names}) for names in (state_dict, expected))
+    if found_stages != stages:
         msg = f"`adapters`: {source} is for {found_stages} stages, the model taps {stages}."
+        raise ValueError(msg)
+    if set(state_dict) != set(expected):
+        msg = f"`adapters`: {source} has {sorted(state_dict)}, the model needs {sorted(expected)}."
         raise ValueError(msg)
     for name, value in state_dict.items():
         if value.shape != expected[name].shape:

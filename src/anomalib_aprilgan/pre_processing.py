@@ -17,13 +17,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
-    """Antialiased resize as Pillow does it on 8-bit pixels: quantise, filter the rows, the columns, quantise.
+    """Antialiased resize as Pillow does it on 8-bit pixels: along the width, quantised, along the height, quantised.
 
     The published results rest on Pillow's resize. torchvision's differs on float images, OpenVINO
     drops the antialias flag of ONNX's operator without a word, and anomalib exports without
     antialias. So the resize is written as two products with filter matrices: one arithmetic for
-    data loading, ``forward`` and export, within one 8-bit step of Pillow. It is a subclass of
-    torchvision's ``Resize`` because anomalib's datamodules look for one.
+    data loading, ``forward`` and export, within one 8-bit step of Pillow (from Pillow 13 on, which
+    begins with the cheaper axis: of Pillow's two passes in this order). It is a subclass of torchvision's
+    ``Resize`` because anomalib's datamodules look for one.
 
     Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as
     floats on the 1/255 grid. Masks are set where above zero, resized bilinear and cut at one half.
@@ -131,7 +132,7 @@ def _resize_eight_bit(pixels: Tensor, size: tuple[int, int], kernel: Callable[[T
         return pixels
     rows = _filter_matrix(height, size[0], kernel, pixels.device)
     columns = _filter_matrix(width, size[1], kernel, pixels.device)
-    # Rows first and quantised in between, as Pillow does.
+    # Along the width first, and quantised in between, as Pillow did when the published results were made.
     return _to_eight_bit(rows @ _to_eight_bit(pixels @ columns.T))
 
 

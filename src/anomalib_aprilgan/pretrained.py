@@ -25,7 +25,7 @@ def find_pretrained(url: str, hub: str, argument: str, backbone: str) -> Path:
 
     Raises:
         WeightsUnavailableError: In no cache, and the network may not be used or does not give it.
-        ValueError: The cached or fetched file has not the published digest.
+        ValueError: The fetched file has not the published digest.
     """
     repository, _, file_name = hub.rpartition("/")
     hub_files = ((file_name,) if file_name else _HUB_FILES) if hub else ()
@@ -36,11 +36,16 @@ def find_pretrained(url: str, hub: str, argument: str, backbone: str) -> Path:
     target = Path.home() / ".cache" / "clip" / Path(url).name  # where open_clip keeps them
     # OpenAI's addresses carry the digest of the file.
     digest = Path(url).parent.name if "openaipublic" in url else ""
+    damaged = ""
     if url and target.is_file():
-        verify_sha256(digest)(target)
-        return target
+        try:
+            verify_sha256(digest)(target)
+        except ValueError as error:
+            damaged = f" ({error})"  # fetched anew below
+        else:
+            return target
     places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files]
-    places += [str(target)] if url else []
+    places += [f"{target}{damaged}"] if url else []
     remedy = f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`."
     if is_offline():
         msg = f"{argument}: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib.engine import Engine
+from lightning.pytorch import seed_everything
 from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("results/quickstart"), help="folder for all that is written")
     root: Path = parser.parse_args(arguments).root
     console = Console()
+    seed_everything(0, verbose=False)
     with as_file(files("anomalib_aprilgan") / "small_clip.json") as config:
         weights = write_weights(root / "small_clip.safetensors", str(config))
         clip = {
@@ -85,7 +87,7 @@ def inspect(
     model = AprilGAN(**clip, adapters=str(adapters), k_shot=k_shot)
     engine = Engine(default_root_dir=root)
     engine.test(model, datamodule=inspected)
-    batches = engine.predict(model, datamodule=inspected) or []
+    batches: list[Any] = engine.predict(model, datamodule=inspected) or []
     return {
         Path(path): anomaly_map
         for batch in batches

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
-import pickle
 import shutil
 import tempfile
 import urllib.error
@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import torch
 from platformdirs import user_cache_path
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -115,6 +114,9 @@ def fetch(url: str, target: Path, verify: Callable[[Path], None], timeout: float
                 raise OSError(msg)
         verify(temporary)
         temporary.replace(target)
+    except http.client.HTTPException as error:
+        msg = f"the transfer broke off: {error!r}"
+        raise OSError(msg) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -159,15 +161,17 @@ def read_state_dict(path: Path, argument: str, nested_under: str = "state_dict")
         raise FileNotFoundError(msg)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         msg = (
             f"`{argument}`: {path} ({path.stat().st_size} bytes) cannot be read: is it complete, and are these "
-            f"weights (.safetensors, .pt, .pth)? The reader says: {str(error).splitlines()[0]}"
+            f"weights (.safetensors, .pt, .pth)? The reader says: {reason}"
         )
         raise ValueError(msg) from error
     if isinstance(content, dict) and isinstance(content.get(nested_under), dict):
         content = content[nested_under]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    is_mapping = isinstance(content, dict) and content
+    if not is_mapping or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         msg = f"`{argument}`: {path} holds no plain mapping of names to tensors."
         raise ValueError(msg)
     if all(name.startswith("module.") for name in content):

@@ -29,9 +29,10 @@ FLOORS = [
     ("torch_model",),
     ("preparation",),
     ("lightning_model",),
-    ("plugin", "quickstart"),
+    ("plugin",),
     ("__init__",),
     ("evaluation",),
+    ("quickstart",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,7 +13,7 @@ from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, AnomalibDataset, MVTecAD, Visa
 from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
 from anomalib.data.datasets.image.mvtecad import CATEGORIES as MVTEC_AD_CATEGORIES
-from anomalib.data.utils import LabelName
+from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.data.utils.split import random_split
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.v2 import Transform
@@ -73,10 +73,12 @@ class AuxiliaryData(AnomalibDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(train_batch_size, eval_batch_size, num_workers, train_augmentations=train_augmentations)
-        for name, share in (("mosaic_rate", mosaic_rate), ("val_split_ratio", val_split_ratio)):
-            if not 0.0 <= share <= 1.0:
-                msg = f"`{name}` must lie in [0, 1], got {share}."
-                raise ValueError(msg)
+        if not 0.0 <= mosaic_rate <= 1.0:
+            msg = f"`mosaic_rate` must lie in [0, 1], got {mosaic_rate}."
+            raise ValueError(msg)
+        if not 0.0 <= val_split_ratio < 1.0:
+            msg = f"`val_split_ratio` must lie in [0, 1), got {val_split_ratio}."
+            raise ValueError(msg)
         if val_split_ratio and validation is not None:
             msg = "`val_split_ratio` and `validation` are two ways to validate: give one of them."
             raise ValueError(msg)
@@ -184,15 +186,17 @@ class MultiCategoryDataset(AnomalibDataset):
         state = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> 1))
         if self.mosaic_rate and torch.rand((), generator=generator) < self.mosaic_rate:
-            image, mask = self._mosaic(row.class_name, generator)
+            image, mask = self._mosaic(row, generator)
+            is_anomalous = bool(mask.any())
         else:
             image, mask = self._read(row)
+            is_anomalous = row.label_index != LabelName.NORMAL
         if self.augmentations:
             image, mask = self.augmentations(image, mask)
         return ClassImageItem(
             image=image,
             gt_mask=mask,
-            gt_label=torch.tensor(int(mask.any())),
+            gt_label=torch.tensor(int(is_anomalous)),
             image_path=row.image_path,
             class_name=row.class_name,
         )
@@ -211,9 +215,9 @@ class MultiCategoryDataset(AnomalibDataset):
             raise ValueError(msg)
         return item.image, Mask(torch.zeros(item.image.shape[-2:], dtype=torch.uint8))
 
-    def _mosaic(self, class_name: str, generator: torch.Generator) -> tuple[Image, Mask]:
+    def _mosaic(self, row: Any, generator: torch.Generator) -> tuple[Image, Mask]:  # noqa: ANN401
         """Four images of a category: a defect folder at random (good included), then one of its files, four times."""
-        table = self.samples[self.samples.class_name == class_name]
+        table = self.samples[self.samples.dataset == row.dataset]
         folders = [group for _, group in table.groupby(table.image_path.map(lambda path: str(Path(path).parent)))]
         picks = []
         for _ in range(4):
@@ -234,6 +238,9 @@ class EpochSampler(DistributedSampler[Any]):
 
 def _expand(dataset: str | None, root: str | Path | None, categories: list[str] | None) -> list[AnomalibDataModule]:
     if dataset is None:
+        if categories is not None:
+            msg = "`categories` belong to `dataset`, which is not given; `datamodules` carry their own."
+            raise ValueError(msg)
         return []
     if dataset not in _DATASETS:
         msg = f"`dataset` must be one of {tuple(_DATASETS)}, got {dataset!r}. Give others as `datamodules`."
@@ -248,8 +255,10 @@ def _expand(dataset: str | None, root: str | Path | None, categories: list[str] 
 
 
 def _test_data(module: AnomalibDataModule) -> AnomalibDataset:
+    """All labelled images of a datamodule, those included that it would set aside for validation."""
     module.setup()
-    return module.test_data
+    from_test = module.val_split_mode == ValSplitMode.FROM_TEST
+    return module.test_data + module.val_data if from_test else module.test_data
 
 
 def _class_name(module: AnomalibDataModule) -> str:

@@ -1,1 +1,0 @@
-"""The package's own small CLIP for drawn inspection pictures: architecture, weights and how they were trained."""

@@ -1,0 +1,100 @@
+"""How much the method adds to its CLIP: ``python -m anomalib_aprilgan.evaluation.speed``.
+
+Times, in turn and in one process, the plain vision tower of open_clip, the zero-shot and the
+few-shot model on one image, and the text features of one class with and without cutting the
+context. Ratios are taken round by round, since a machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+
+from ..adapters import LinearAdapters
+from ..backbone import ClipArchitecture, ClipBackbone, random_weights
+from ..memory_bank import MemoryBank
+from ..prompts import PromptEnsemble
+from ..torch_model import AprilGANModel
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description="Time the method against its CLIP, side by side.")
+    parser.add_argument("--backbone", default="ViT-L-14-336", help="open_clip architecture; its weights are random")
+    parser.add_argument("--image-size", type=int, default=518, help="side of the image in pixels")
+    parser.add_argument("--stages", type=int, nargs="+", default=[6, 12, 18, 24], help="tapped blocks")
+    parser.add_argument("--k-shot", type=int, default=4, help="references of the few-shot model")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that is not counted")
+    options = parser.parse_args(arguments)
+    architecture = ClipArchitecture.load(options.backbone, (options.image_size, options.image_size), None)
+    backbone = ClipBackbone(architecture, random_weights(architecture, seed=0), "random weights")
+    vision = _vision_candidates(backbone, architecture.check_stages(options.stages), options.k_shot)
+    text = _text_candidates(backbone)
+    console = Console(width=120)
+    console.print(
+        f"{architecture.name}, {options.image_size} px, random weights, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, one image, median of {options.rounds} rounds (ratios: round by round)\n"
+    )
+    console.print("| | seconds | ratio | to |\n|---|---|---|---|")
+    for candidates in (vision, text):
+        durations = _measure(candidates, options.rounds)
+        previous = ""
+        for name, seconds in durations.items():
+            ratio = [mine / other for mine, other in zip(seconds, durations.get(previous, seconds), strict=True)]
+            against = f"{statistics.median(ratio):.3f} | {previous}" if previous else "| "
+            console.print(f"| {name} | {statistics.median(seconds):.3f} | {against} |")
+            previous = name
+
+
+def _vision_candidates(backbone: ClipBackbone, stages: Sequence[int], k_shot: int) -> dict[str, Callable[[], object]]:
+    architecture = backbone.architecture
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, *architecture.image_size, generator=generator)
+    models = {}
+    for shots in (0, k_shot):
+        adapters = LinearAdapters(len(stages), architecture.width, architecture.embed_dim)
+        model = AprilGANModel(adapters, MemoryBank(), stages, stages)
+        model.attach_backbone(backbone)
+        features = torch.randn(1, architecture.embed_dim, 2, generator=generator)
+        model.set_classes(["object"], torch.nn.functional.normalize(features, dim=1))
+        if shots:
+            patches = architecture.grid[0] * architecture.grid[1]
+            model.memory_bank.fill(
+                [torch.randn(shots, patches, architecture.width, generator=generator) for _ in stages]
+            )
+        models[shots] = model.eval()
+    return {
+        "open_clip's vision tower": lambda: backbone.visual(image),
+        "zero-shot": lambda: models[0](image),
+        f"{k_shot}-shot": lambda: models[k_shot](image),
+    }
+
+
+def _text_candidates(backbone: ClipBackbone) -> dict[str, Callable[[], object]]:
+    normal, anomalous = PromptEnsemble().sentences("object")
+    sentences = normal + anomalous
+    return {
+        "text of one class, full context": lambda: backbone.encode_text(sentences, cut_context=False),
+        "text of one class": lambda: backbone.encode_text(sentences),
+    }
+
+
+@torch.no_grad()
+def _measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    durations: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_number in range(rounds + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if round_number:
+                durations[name].append(time.perf_counter() - start)
+    return durations
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The start-up hook: quick, quiet, off when told so, and never in the way of another Python program."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import files
+from pathlib import Path
+
+HOOK = "_anomalib_aprilgan_startup"
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+
+
+def test_a_python_that_never_imports_anomalib_pays_milliseconds() -> None:
+    microseconds = []
+    for _ in range(5):
+        report = python("-X", "importtime", "-c", "import json").stderr
+        (line,) = [line for line in report.splitlines() if HOOK in line]
+        microseconds.append(int(re.findall(r"(\d+) \|", line)[-1]))
+    assert sorted(microseconds)[2] < 5000
+
+
+def test_nothing_is_loaded_until_anomalib_is() -> None:
+    script = (
+        "import sys, json; print([name for name in ('torch', 'anomalib', 'anomalib_aprilgan') if name in sys.modules])"
+    )
+    assert python("-c", script).stdout.strip() == "[]"
+
+
+def test_anomalibs_models_bring_ours_in_whichever_comes_first() -> None:
+    for first in ("anomalib.models", "anomalib_aprilgan", "anomalib.engine"):
+        script = (
+            f"import {first}, sys, anomalib.models, anomalib.data;"
+            "print(anomalib.models.AprilGAN.__module__, anomalib.data.AuxiliaryData.__name__,"
+            f"any(getattr(finder, '__module__', '') == '{HOOK}' for finder in sys.meta_path))"
+        )
+        assert python("-W", "ignore", "-c", script).stdout.split() == [
+            "anomalib_aprilgan.lightning_model",
+            "AuxiliaryData",
+            "False",
+        ]
+
+
+def test_the_variable_turns_it_off() -> None:
+    script = "import sys, anomalib.models; print('anomalib_aprilgan' in sys.modules)"
+    assert python("-W", "ignore", "-c", script, ANOMALIB_APRILGAN_NO_AUTOLOAD="1").stdout.strip() == "False"
+
+
+def test_a_package_that_cannot_be_imported_is_a_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "anomalib_aprilgan"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('a broken install')")
+    process = python("-c", "import anomalib.models; print('alive')", PYTHONPATH=str(tmp_path))
+    assert process.stdout.strip() == "alive"
+    assert "anomalib_aprilgan could not be loaded into anomalib: RuntimeError('a broken install')" in process.stderr
+
+
+def test_uninstalling_takes_the_hook_along() -> None:
+    """pip removes what the package's record lists."""
+    recorded = {file.name for file in files("anomalib-aprilgan") or []}
+    assert {"anomalib_aprilgan.pth", f"{HOOK}.py"} <= recorded
