@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ AUTHORS_KEY = "trainable_linearlayer"
 METADATA_KEY = "anomalib_aprilgan"
 # The CLIP that the authors' adapters were trained for; its name comes with and without QuickGELU.
 AUTHORS_BACKBONES = ("ViT-L-14-336", "ViT-L-14-336-quickgelu")
+AUTHORS_STAGES = (6, 12, 18, 24)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Provenance:
         return None
 
     def check(self, architecture: ClipArchitecture, fingerprint: str, stages: tuple[int, ...], source: str) -> None:
-        """Refuse adapters that were trained for another CLIP or other stages.
+        """Refuse adapters that were trained for another CLIP or other stages; warn of another activation.
 
         Raises:
             ValueError: They were; both sides are named.
@@ -100,6 +102,12 @@ class Provenance:
                 f"the model has {architecture.name} with weights {fingerprint}."
             )
             raise ValueError(msg)
+        if self.quick_gelu is not None and self.quick_gelu != architecture.quick_gelu:
+            ours, theirs = (("GELU", "QuickGELU")[flag] for flag in (architecture.quick_gelu, self.quick_gelu))
+            warnings.warn(
+                f"`adapters`: {source} was trained with a CLIP that runs {theirs}, this one runs {ours} (`quick_gelu`).",
+                stacklevel=2,
+            )
 
 
 def load_adapters(path: Path) -> tuple[dict[str, Tensor], Provenance]:
@@ -165,7 +173,9 @@ def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:
         return load_adapters(Path(source).expanduser())
     state_dict, provenance = load_adapters(authors_adapters(source))
     known: dict[str, list[str]] = {AUTHORS_ADAPTERS[source].trained_on: []}
-    return state_dict, replace(provenance, trained_on=known, backbone=AUTHORS_BACKBONES[0])
+    return state_dict, replace(
+        provenance, trained_on=known, backbone=AUTHORS_BACKBONES[0], stages=[*AUTHORS_STAGES], quick_gelu=False
+    )
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .prompts import PromptEnsemble
+from .references import References
 from .torch_model import AprilGANModel
 
 CHECKPOINT_KEY = "anomalib_aprilgan"
@@ -92,15 +94,19 @@ class AprilGAN(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        architecture = ClipArchitecture.load(str(backbone), (height, width), quick_gelu)
-        tapped = architecture.check_stages(tuple(stages))
+        # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
+        backbone, pretrained, adapters = str(backbone), str(pretrained), None if adapters is None else str(adapters)
+        image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        stages, memory_stages = tuple(stages), None if memory_stages is None else tuple(memory_stages)
+        references = _plain_references(references)
+        architecture = ClipArchitecture.load(backbone, image_size, quick_gelu)
+        tapped = architecture.check_stages(stages)
         remembered = tapped if memory_stages is None else architecture.check_stages(memory_stages, "memory_stages")
         _check_few_shot(k_shot, references)
         map_limit = float(len(tapped) + (len(remembered) if k_shot else 0))
-        mean, std = image_statistics(str(backbone), str(pretrained)) or (CLIP_MEAN, CLIP_STD)
+        mean, std = image_statistics(backbone, pretrained) or (CLIP_MEAN, CLIP_STD)
         super().__init__(
-            pre_processor=AprilGANPreProcessor((height, width), mean, std) if pre_processor is True else pre_processor,
+            pre_processor=AprilGANPreProcessor(image_size, mean, std) if pre_processor is True else pre_processor,
             post_processor=AprilGANPostProcessor(map_limit) if post_processor is True else post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -111,13 +117,14 @@ class AprilGAN(AnomalibModule):
         if class_name is not None:
             ensemble.sentences(class_name)  # refuses an empty name now, not after CLIP was loaded
         self.preparation = Preparation(
-            architecture, str(pretrained), adapters, class_name, ensemble, k_shot, references, seed
+            architecture, pretrained, adapters, class_name, ensemble, k_shot, references, seed
         )
         linear = LinearAdapters(len(tapped), architecture.width, architecture.embed_dim)
         linear.requires_grad_(adapters is None)
         self.model = AprilGANModel(linear, MemoryBank(), tapped, remembered)
         self._trained = False
         self._fitting = False
+        self._saw_defect = False
 
     # -- what anomalib asks -------------------------------------------------------------------------
 
@@ -209,17 +216,26 @@ class AprilGAN(AnomalibModule):
             msg = f"`adapters={self.adapters!r}` are given and not trained. Pass `adapters=None` to train fresh ones."
             raise RuntimeError(msg)
         datamodule = self._datamodule
-        train_data = getattr(datamodule, "train_data", None)
-        if train_data is not None and not getattr(train_data, "has_anomalous", True):
-            msg = (
-                "`adapters=None` trains fresh adapters, which takes images of defects with masks; the training data of "
-                f"{getattr(datamodule, 'name', 'the datamodule')} has not a single anomalous image. Train on the test "
-                "images of other data sets with `anomalib_aprilgan.data.AuxiliaryData`, or pass trained `adapters`."
-            )
-            raise ValueError(msg)
+        if not getattr(getattr(datamodule, "train_data", None), "has_anomalous", True):
+            self._refuse_normal_data()
+        self._saw_defect = False
         self.preparation.provenance = Provenance.of_training(
             datamodule, self.preparation.architecture, self.model.backbone.fingerprint, self.model.stages
         )
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse loaders without a defect, which only show it in passing."""
+        if not self._saw_defect:
+            self._refuse_normal_data()
+
+    def _refuse_normal_data(self) -> None:
+        name = getattr(self._datamodule, "name", "the loader")
+        msg = (
+            "`adapters=None` trains fresh adapters, which takes images of defects with masks; the training data of "
+            f"{name} has not a single anomalous image. Train on the test images of other data sets with "
+            "`anomalib_aprilgan.data.AuxiliaryData`, or pass trained `adapters`."
+        )
+        raise ValueError(msg)
 
     def on_fit_end(self) -> None:
         """From here on the adapters are trained."""
@@ -272,7 +288,8 @@ class AprilGAN(AnomalibModule):
 
     @property
     def _datamodule(self) -> AnomalibDataModule | None:
-        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        return datamodule if isinstance(datamodule, AnomalibDataModule) else None
 
     @property
     def _target_device(self) -> torch.device:
@@ -301,8 +318,9 @@ class AprilGAN(AnomalibModule):
         if batch.gt_mask is None:
             msg = "Training adapters needs masks (`gt_mask`), and this batch has none."
             raise ValueError(msg)
-        probabilities = self.model.stage_probabilities(_plain(batch.image), self._class_index(batch))
-        loss = adapter_loss(probabilities, _plain(batch.gt_mask))
+        mask = _plain(batch.gt_mask)
+        self._saw_defect = self._saw_defect or bool(mask.any())
+        loss = adapter_loss(self.model.stage_probabilities(_plain(batch.image), self._class_index(batch)), mask)
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
         return loss
 
@@ -347,6 +365,9 @@ class AprilGAN(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for what was learned, and complete it with the CLIP that is already here."""
         super().on_load_checkpoint(checkpoint)
+        if CHECKPOINT_KEY not in checkpoint:
+            msg = "`ckpt_path` must be a checkpoint that AprilGAN wrote; this one holds nothing of it."
+            raise ValueError(msg)
         state_dict = checkpoint["state_dict"]
         learned = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.preparation.from_checkpoint(self.model, checkpoint[CHECKPOINT_KEY], learned)
@@ -401,6 +422,12 @@ class AprilGAN(AnomalibModule):
 def _plain(tensor: Any) -> Tensor:  # noqa: ANN401  # torchvision's subclasses carry no types
     """Without torchvision's subclass, which would go through every operation."""
     return cast("Tensor", tensor.as_subclass(Tensor))
+
+
+def _plain_references(references: References | None) -> str | list[str] | None:
+    if references is None or isinstance(references, (str, os.PathLike)):
+        return None if references is None else str(references)
+    return [str(reference) for reference in references]
 
 
 def _check_few_shot(k_shot: int, references: str | list[str] | None) -> None:

@@ -107,6 +107,13 @@ def test_normal_images_alone_are_refused_with_the_way_out(april_gan: Build, tmp_
         engine(tmp_path, max_epochs=1).fit(april_gan(adapters=None), datamodule=bottle())
 
 
+def test_loaders_with_normal_images_alone_are_refused_too(april_gan: Build, tmp_path: Path) -> None:
+    data = bottle()
+    data.setup()
+    with pytest.raises(ValueError, match=r"has not a single anomalous image"):
+        engine(tmp_path, max_epochs=1).fit(april_gan(adapters=None), train_dataloaders=data.train_dataloader())
+
+
 # -- checkpoints ------------------------------------------------------------------------------------
 
 
@@ -134,6 +141,32 @@ def test_checkpoint_round_trip(april_gan: Build, tmp_path: Path, k_shot: int, mo
     for ours, theirs in zip(batches, direct, strict=True):
         assert torch.equal(ours.pred_score, theirs.pred_score)
         assert torch.equal(ours.anomaly_map, theirs.anomaly_map)
+
+
+def test_arguments_of_any_config_library_survive_a_checkpoint(small_clip: Any, tmp_path: Path) -> None:
+    """`get_model` turns lists into OmegaConf's, which a `weights_only` load would refuse."""
+    arguments = {
+        "backbone": str(small_clip.quick_gelu),
+        "pretrained": str(small_clip.weights),
+        "image_size": [96, 64],
+        "stages": [4, 2],
+        "adapters": str(small_clip.adapters_2),
+        "k_shot": 2,
+        "references": [str(file) for file in sorted((DATASET / "bottle" / "train" / "good").iterdir())[:2]],
+    }
+    model = get_model({"class_path": "AprilGAN", "init_args": arguments})
+    engine(tmp_path).train(model, datamodule=bottle())
+    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    loaded = AprilGAN.load_from_checkpoint(checkpoint)
+    assert loaded.hparams.stages == (4, 2)
+    assert loaded.model.stages == (2, 4)
+    assert loaded(torch.rand(1, 3, 40, 40)).anomaly_map.shape == (1, 96, 64)
+
+
+def test_checkpoint_of_another_model_is_refused(april_gan: Build, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="must be a checkpoint that AprilGAN wrote"):
+        engine(tmp_path).test(april_gan(), datamodule=bottle(), ckpt_path=tmp_path / "other.ckpt")
 
 
 def test_checkpoint_of_another_clip_is_refused(april_gan: Build, tmp_path: Path, small_clip: Any) -> None:

@@ -32,7 +32,7 @@ PROVENANCE = Provenance(
     image_size=[96, 64],
     versions={"torch": "2.10"},
 )
-ARCHITECTURE = ClipArchitecture("ViT-tiny", {}, (96, 64))
+ARCHITECTURE = ClipArchitecture("ViT-tiny", {"quick_gelu": False}, (96, 64))
 
 
 def adapters(stages: int = 2, width: int = 6, embed_dim: int = 4) -> dict[str, Tensor]:
@@ -161,13 +161,18 @@ class TestProvenance:
         assert PROVENANCE.check(ARCHITECTURE, "00ff", (1, 3), "a") is None
         assert Provenance().check(ARCHITECTURE, "abcd", (2,), "a") is None
 
+    def test_another_activation_is_a_warning(self) -> None:
+        gelu = ClipArchitecture("ViT-tiny", {"quick_gelu": False}, (96, 64))
+        with pytest.warns(UserWarning, match=r"a\.pth was trained with a CLIP that runs QuickGELU, this one runs GELU"):
+            Provenance(quick_gelu=True).check(gelu, "00ff", (1, 3), "a.pth")
+
     def test_other_stages(self) -> None:
         text = r"`adapters`: a\.pth was trained for stages \(1, 3\), the model taps \(2, 4\)\."
         with pytest.raises(ValueError, match=text):
             PROVENANCE.check(ARCHITECTURE, "00ff", (2, 4), "a.pth")
 
     def test_other_clip(self) -> None:
-        other = ClipArchitecture("ViT-other", {}, (96, 64))
+        other = ClipArchitecture("ViT-other", {"quick_gelu": False}, (96, 64))
         text = r"trained for the CLIP ViT-tiny with weights 00ff, the model has ViT-other with weights 1234\."
         with pytest.raises(ValueError, match=text):
             PROVENANCE.check(other, "1234", (1, 3), "a.pth")
