@@ -105,7 +105,7 @@ class Provenance:
         if self.quick_gelu is not None and self.quick_gelu != architecture.quick_gelu:
             ours, theirs = (("GELU", "QuickGELU")[flag] for flag in (architecture.quick_gelu, self.quick_gelu))
             warnings.warn(
-                f"`adapters`: {source} was trained with a CLIP that runs {theirs}, this one runs {ours} (`quick_gelu`).",
+                f"`adapters`: {source} was trained with a CLIP that runs {theirs}, this runs {ours} (`quick_gelu`).",
                 stacklevel=2,
             )
 

@@ -262,11 +262,11 @@ class AprilGAN(AnomalibModule):
         self.model.to(self._target_device)
         if stage == "fit":
             return  # adapters are trained without a memory bank
-        references = preparation.fill_memory_bank(
+        held_out_maxima = preparation.fill_memory_bank(
             self.model, datamodule, self.pre_processor, optional=stage == "validate"
         )
-        if references is not None and isinstance(self.post_processor, AprilGANPostProcessor):
-            self._bound_map_maximum(self.post_processor, references)
+        if held_out_maxima is not None and isinstance(self.post_processor, AprilGANPostProcessor):
+            self._bound_map_maximum(self.post_processor, held_out_maxima)
         if stage in {"validate", "test"}:
             preparation.warn_of_seen_data(datamodule)
         if self.learning_type == LearningType.ONE_CLASS:
@@ -275,16 +275,18 @@ class AprilGAN(AnomalibModule):
                 stacklevel=2,
             )
 
-    def _bound_map_maximum(self, post_processor: AprilGANPostProcessor, references: Tensor) -> None:
+    def _bound_map_maximum(self, post_processor: AprilGANPostProcessor, held_out_maxima: Tensor) -> None:
         """Bounds of the map maximum for the case that no validation data tells better ones.
 
         From below what good parts reach: the lowest of the references, each held out in turn (for
         a single one, 0). From above what a map can reach where every stage is certain.
         """
-        post_processor.to(references.device).set_defaults(float(len(self.model.stages) + len(self.model.memory_stages)))
+        post_processor.to(held_out_maxima.device).set_defaults(
+            float(len(self.model.stages) + len(self.model.memory_stages))
+        )
         post_processor.fuse_map_maximum = True
-        if len(references) > 1 and len(self.model.class_names) == 1:
-            post_processor.map_maximum_min.copy_(self.model.held_out_maxima(references).min())
+        if len(held_out_maxima):
+            post_processor.map_maximum_min.copy_(held_out_maxima.min())
 
     @property
     def _datamodule(self) -> AnomalibDataModule | None:

@@ -134,7 +134,7 @@ class Preparation:
             optional: Whether there may be none (a validation without data).
 
         Returns:
-            The references as CLIP sees them ``(K, 3, H, W)`` where the bank was filled anew, else ``None``.
+            Where the bank was filled anew, what :meth:`AprilGANModel.remember` returned; else ``None``.
 
         Raises:
             FileNotFoundError: A reference is missing.
@@ -155,11 +155,11 @@ class Preparation:
         chosen = source.draw()
         pre_process = pre_processor or nn.Identity()
         images = torch.cat([pre_process(read_reference(file).to(model.text_features.device)) for file in chosen])
-        model.remember(images)
+        held_out_maxima = model.remember(images)
         self._reference_key = source.key
         self.reference_paths = [str(file) for file in chosen]
         logger.info("References: %s", ", ".join(self.reference_paths))
-        return images
+        return held_out_maxima
 
     def warn_of_seen_data(self, datamodule: AnomalibDataModule | None) -> None:
         """A warning that cannot be missed where the data under test trained the adapters."""

@@ -114,9 +114,9 @@ class AprilGANModel(nn.Module):
         text_features = self._text_features_of(class_index)
         with _full_precision(images):
             probabilities = self._probability_maps(output, text_features, size)
-            anomaly_map = torch.stack([maps[:, 1] for maps in probabilities]).sum(dim=0)
+            anomaly_map = _zero_shot_map(probabilities)
             if self.memory_bank.k_shot:
-                anomaly_map = anomaly_map + self._memory_map(output, size)
+                anomaly_map = anomaly_map + self._memory_map(self._memory_tokens(output), size)
             pred_score = text_probability(output.image_feature.float(), text_features)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map), probabilities
 
@@ -142,30 +142,32 @@ class AprilGANModel(nn.Module):
         return output
 
     @torch.no_grad()
-    def remember(self, images: Tensor) -> None:
-        """Fill the memory bank with normal images ``(K, 3, H, W)``, one pass each."""
-        outputs = [self._memory_tokens(self.encode(image)) for image in torch.split(images, 1)]
-        self.memory_bank.fill([torch.cat(stage) for stage in zip(*outputs, strict=True)])
-
-    @torch.no_grad()
-    def held_out_maxima(self, images: Tensor) -> Tensor:
-        """Maximum of the few-shot map of every reference, the reference itself held out of the bank.
+    def remember(self, images: Tensor) -> Tensor:
+        """Fill the memory bank with normal images, one vision pass each.
 
         Args:
-            images: ``(K, 3, H, W)``, those that were remembered, in the same order; ``K`` of two or more.
+            images: ``(K, 3, H, W)``, resized and normalised.
 
         Returns:
-            ``(K,)``.
+            Maximum of the few-shot map of every image, the image itself held out of the bank: ``(K,)``, or
+            empty where nothing can be held out (a single image) or the images may be of several classes.
         """
         size = (images.shape[-2], images.shape[-1])
-        maxima = []
-        for shot, image in enumerate(torch.split(images, 1)):
+        measurable = len(images) > 1 and len(self.class_names) == 1
+        tokens, zero_shot_maps = [], []
+        for image in torch.split(images, 1):
             output = self.encode(image)
-            with _full_precision(image):
-                probabilities = self._probability_maps(output, self._text_features_of(None), size)
-                zero_shot = torch.stack([maps[:, 1] for maps in probabilities]).sum(dim=0)
-                maxima.append((zero_shot + self._memory_map(output, size, without=shot)).amax())
-        return torch.stack(maxima)
+            tokens.append(self._memory_tokens(output))
+            if measurable:
+                with _full_precision(image):
+                    probabilities = self._probability_maps(output, self._text_features_of(None), size)
+                    zero_shot_maps.append(_zero_shot_map(probabilities))
+        self.memory_bank.fill([torch.cat(stage) for stage in zip(*tokens, strict=True)])
+        maxima = [
+            (zero_shot_map + self._memory_map(tokens[shot], size, without=shot)).amax()
+            for shot, zero_shot_map in enumerate(zero_shot_maps)
+        ]
+        return torch.stack(maxima) if maxima else images.new_empty(0)
 
     @property
     def _tapped(self) -> list[int]:
@@ -181,12 +183,12 @@ class AprilGANModel(nn.Module):
         grid = self.backbone.architecture.grid
         return [text_probability_maps(text_logits(stage, text_features), grid, size) for stage in features]
 
-    def _memory_map(self, output: VisionOutput, size: tuple[int, int], *, without: int | None = None) -> Tensor:
+    def _memory_map(self, patch_tokens: list[Tensor], size: tuple[int, int], *, without: int | None = None) -> Tensor:
         grid = self.backbone.architecture.grid
         remembered = self.memory_bank.stages(without=without)
         maps = [
             distance_map(nearest_normal_distance(tokens.float(), bank), grid, size)
-            for tokens, bank in zip(self._memory_tokens(output), remembered, strict=True)
+            for tokens, bank in zip(patch_tokens, remembered, strict=True)
         ]
         return torch.stack(maps).sum(dim=0)
 
@@ -201,6 +203,11 @@ class AprilGANModel(nn.Module):
             msg = f"`class_index` is needed to choose among the classes {self.class_names}, got None."
             raise ValueError(msg)
         return self.text_features[0].float()
+
+
+def _zero_shot_map(probabilities: Sequence[Tensor]) -> Tensor:
+    """Anomalous probability, summed over the stages (the authors do not average)."""
+    return torch.stack([maps[:, 1] for maps in probabilities]).sum(dim=0)
 
 
 def _full_precision(images: Tensor) -> AbstractContextManager[object]:

@@ -163,7 +163,7 @@ class TestProvenance:
 
     def test_another_activation_is_a_warning(self) -> None:
         gelu = ClipArchitecture("ViT-tiny", {"quick_gelu": False}, (96, 64))
-        with pytest.warns(UserWarning, match=r"a\.pth was trained with a CLIP that runs QuickGELU, this one runs GELU"):
+        with pytest.warns(UserWarning, match=r"a\.pth was trained with a CLIP that runs QuickGELU, this runs GELU"):
             Provenance(quick_gelu=True).check(gelu, "00ff", (1, 3), "a.pth")
 
     def test_other_stages(self) -> None:
