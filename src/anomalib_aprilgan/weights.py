@@ -6,8 +6,8 @@ import hashlib
 import http.client
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -101,12 +101,10 @@ def fetch(url: str, target: Path, verify: Callable[[Path], None], timeout: float
         OSError: The address cannot be read to its end, or the folder cannot be written.
         ValueError: ``verify`` refused the file.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("Downloading %s to %s", url, target)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    temporary = Path(name)
+    temporary = _temporary_beside(target)
     try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=timeout) as response:  # noqa: S310  # https or the user's own mirror
+        with temporary.open("xb") as file, urllib.request.urlopen(url, timeout=timeout) as response:  # noqa: S310  # https or the user's own mirror
             shutil.copyfileobj(response, file)
             announced = response.headers.get("Content-Length")
             if announced is not None and file.tell() != int(announced):
@@ -200,15 +198,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path: The final name; its folder is created.
         write: Writes the content to the open file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             write(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A free name in the folder of ``path``, which is created. Not tempfile's: that would hide the file from others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def _expect(file: Path, kind: str, expected: str, found: str) -> None:

@@ -384,3 +384,10 @@ class TestWriteAtomically:
             write_atomically(path, fail)
         assert path.read_bytes() == b"first"
         assert files(tmp_path) == ["new/file"]
+
+
+def test_written_files_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    weights.write_atomically(tmp_path / "ours", lambda file: file.write(b"x"))
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "ours").read_bytes() == b"x"
