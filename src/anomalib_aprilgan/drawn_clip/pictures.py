@@ -1,0 +1,171 @@
+"""Pictures to train on: many random products drawn once into memory, varied cheaply when they are used."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from ..data.drawing import Twins, draw_twins
+
+_CHUNK = 240
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Twins of good and bad pictures.
+
+    Attributes:
+        good: ``(N, H, W, 3)`` 8-bit RGB.
+        bad: ``(N, H, W, 3)``, the same with a defect.
+        mask: ``(N, H, W)``, true where they differ.
+        categories: ``N`` names.
+        kinds: ``N`` defect kinds.
+    """
+
+    good: NDArray[np.uint8]
+    bad: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    categories: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of twins."""
+        return len(self.categories)
+
+
+def draw_pictures(
+    categories: Sequence[str],
+    kinds: Sequence[str],
+    number: int,
+    seed: int,
+    image_size: int,
+    *,
+    random_style: bool = True,
+    workers: int = 1,
+    progress: bool = True,
+) -> Pictures:
+    """Twins over all categories and kinds in turn.
+
+    Args:
+        categories: What to draw.
+        kinds: The defects.
+        number: Number of twins.
+        seed: Seed of the drawing.
+        image_size: Side in pixels.
+        random_style: A new product in each picture, rather than one a category.
+        workers: Processes that draw; the pictures do not depend on it.
+        progress: Whether to show a bar.
+    """
+    # Round r gives every category one picture, with kinds shifted so that all pairs occur equally often.
+    plan = [
+        (category, index // len(categories), kinds[(index // len(categories) + place) % len(kinds)])
+        for index in range(number)
+        for place, category in [(index % len(categories), categories[index % len(categories)])]
+    ]
+    chunks = [plan[start : start + _CHUNK] for start in range(0, number, _CHUNK)]
+    tasks = [(chunk, seed, image_size, random_style) for chunk in chunks]
+    bar = tqdm(total=number, desc="drawing", unit="twins", disable=not progress)
+    parts = []
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for part in pool.map(_draw_chunk, tasks):
+                parts.append(part)
+                bar.update(len(part[0]))
+    else:
+        for task in tasks:
+            parts.append(_draw_chunk(task))
+            bar.update(len(parts[-1][0]))
+    bar.close()
+    good, bad, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Pictures(good, bad, mask, tuple(entry[0] for entry in plan), tuple(entry[2] for entry in plan))
+
+
+def _draw_chunk(
+    task: tuple[list[tuple[str, int, str]], int, int, bool],
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
+    plan, seed, image_size, random_style = task
+    twins = [_draw(category, seed, index, kind, image_size, random_style) for category, index, kind in plan]
+    return (
+        np.stack([pair.good for pair in twins]),
+        np.stack([pair.bad for pair in twins]),
+        np.stack([pair.mask for pair in twins]),
+    )
+
+
+def _draw(category: str, seed: int, index: int, kind: str, image_size: int, random_style: bool) -> Twins:
+    """The twins of this index; of a far one in the rare case that no visible defect came out."""
+    while True:
+        try:
+            return draw_twins(category, seed, index, kind, image_size, random_style=random_style)
+        except RuntimeError:
+            index += 1_000_000
+
+
+def vary(good: Tensor, bad: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The same twins turned or mirrored (the batch as one), lighter or darker, tinted and noisy (each by itself).
+
+    Args:
+        good: ``(B, 3, H, H)`` in ``[0, 1]``.
+        bad: ``(B, 3, H, H)``; gets the change of its twin.
+        mask: ``(B, H, H)``.
+        generator: Source of the changes, on the CPU.
+
+    Returns:
+        Good, bad, mask of the same shapes.
+    """
+    turn = int(torch.randint(8, (), generator=generator))
+    number, device = len(good), good.device
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return (low + (high - low) * torch.rand(shape, generator=generator)).to(device)
+
+    gain, offset = uniform(0.85, 1.15, number, 3, 1, 1), uniform(-0.08, 0.08, number, 1, 1, 1)
+    gain = 1.0 + (gain - 1.0) * 0.5 + (gain.mean(dim=1, keepdim=True) - 1.0)
+    noise = uniform(0.0, 0.015, number, 1, 1, 1) * torch.randn(good.shape, generator=generator).to(device)
+    changed = []
+    for planes in (good, bad, mask):
+        turned = torch.rot90(planes, turn // 2, (-2, -1))
+        changed.append(turned.flip(-1) if turn % 2 else turned)
+    good, bad = (torch.clamp(planes * gain + offset + noise, 0.0, 1.0) for planes in changed[:2])
+    return good, bad, changed[2]
+
+
+def crop(pictures: Pictures, chosen: NDArray[np.int64], side: int, generator: np.random.Generator) -> Pictures:
+    """Windows of some twins, each with part of its defect well inside.
+
+    Args:
+        pictures: Where they come from.
+        chosen: Which of them.
+        side: Side of the windows in pixels; the whole pictures where they are no larger.
+        generator: Source of the places.
+    """
+    categories = tuple(pictures.categories[twin] for twin in chosen)
+    kinds = tuple(pictures.kinds[twin] for twin in chosen)
+    height, width = pictures.mask.shape[1:]
+    if side >= min(height, width):
+        return Pictures(pictures.good[chosen], pictures.bad[chosen], pictures.mask[chosen], categories, kinds)
+    windows = []
+    margin = side // 6
+    for twin in chosen:
+        rows, columns = np.nonzero(pictures.mask[twin])
+        shown = int(generator.integers(len(rows)))
+        top, left = (
+            int(np.clip(place - generator.integers(margin, side - margin), 0, length - side))
+            for place, length in ((rows[shown], height), (columns[shown], width))
+        )
+        windows.append((twin, slice(top, top + side), slice(left, left + side)))
+    return Pictures(
+        np.stack([pictures.good[window] for window in windows]),
+        np.stack([pictures.bad[window] for window in windows]),
+        np.stack([pictures.mask[window] for window in windows]),
+        categories,
+        kinds,
+    )

@@ -1,0 +1,148 @@
+"""Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
+
+python -m anomalib_aprilgan.drawn_clip.pretrain --steps 6000 --seed 0 --out ViT-drawn-96.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+from torchvision.transforms.v2.functional import normalize
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from ..backbone import ClipArchitecture, ClipBackbone
+from ..data.drawing import CATEGORIES, DEFECTS
+from ..pre_processing import CLIP_MEAN, CLIP_STD
+from ..prompts import PromptEnsemble
+from ..scoring import text_probability
+from ..weights import write_atomically
+from .pictures import Pictures, draw_pictures
+from .trainer import Recipe, Trainer, as_planes
+
+ARCHITECTURE = Path(__file__).with_name("ViT-drawn-96.json")
+# Neither captioned nor drawn in training, so that they can show what the model makes of the unknown.
+UNSEEN_CATEGORIES = ("capsule", "leather", "nut", "tile")
+UNSEEN_DEFECTS = ("dent", "fibre", "rotated_patch")
+CAPTIONED_CATEGORIES = tuple(name for name in CATEGORIES if name not in UNSEEN_CATEGORIES)
+DRAWN_DEFECTS = tuple(name for name in DEFECTS if name not in UNSEEN_DEFECTS)
+# Seeds of products: training far away from the small numbers that anyone would test on.
+TRAINING_SEED = 1_000_000_000
+PROBE_SEED = 1_100_000_000
+
+
+@torch.no_grad()
+def zero_shot_auroc(clip: ClipBackbone, products: Sequence[Pictures]) -> dict[str, float]:
+    """Zero-shot image AUROC of every category with the paper's prompts, averaged over products."""
+    categories = sorted(set(products[0].categories))
+    states = {category: clip.encode_states(*PromptEnsemble().sentences(category)) for category in categories}
+    figures = [_auroc_of_product(clip, pictures, states) for pictures in products]
+    return {category: float(np.mean([figure[category] for figure in figures])) for category in categories}
+
+
+def _auroc_of_product(clip: ClipBackbone, pictures: Pictures, states: dict[str, Tensor]) -> dict[str, float]:
+    device = clip.visual.proj.device
+    figures = {}
+    for category, text_features in states.items():
+        chosen = np.array([name == category for name in pictures.categories])
+        images = torch.cat([as_planes(array[chosen], device) for array in (pictures.good, pictures.bad)])
+        features = [
+            clip(normalize(batch, list(CLIP_MEAN), list(CLIP_STD)), []).image_feature
+            for batch in torch.split(images, 128)
+        ]
+        target = torch.arange(len(images), device=device) >= len(images) // 2
+        figures[category] = float(binary_auroc(text_probability(torch.cat(features), text_features), target.long()))
+    return figures
+
+
+def state_dict_of(clip: ClipBackbone) -> dict[str, Tensor]:
+    """Weights under open_clip's names, in fp16."""
+    weights = {f"visual.{name}": value for name, value in clip.visual.state_dict().items()}
+    weights |= clip.text.state_dict()  # type: ignore[union-attr]  # freshly built: it has one
+    return {name: value.detach().half().cpu().contiguous() for name, value in sorted(weights.items())}
+
+
+def train(recipe: Recipe, out: Path, *, workers: int = 1, checkpoint_every: int = 400) -> dict[str, Any]:
+    """Trains the small CLIP and writes its weights, and a log beside them.
+
+    Args:
+        recipe: How.
+        out: A name ending in ``.safetensors``; the log has the same name, ending in ``.log.json``.
+        workers: Processes that draw.
+        checkpoint_every: Steps between two writings of weights and log.
+
+    Returns:
+        The log: recipe, losses, zero-shot image AUROC of each category, seconds.
+    """
+    start = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architecture = ClipArchitecture.load(str(ARCHITECTURE), (96, 96), None)
+    side = architecture.image_size[0]
+    pictures = draw_pictures(
+        CAPTIONED_CATEGORIES, DRAWN_DEFECTS, recipe.pool, TRAINING_SEED + recipe.seed, side, workers=workers
+    )
+    # Two products of every category, none of them trained on.
+    probe = [
+        draw_pictures(CATEGORIES, DRAWN_DEFECTS, 22 * len(CATEGORIES), seed, side, random_style=False, progress=False)
+        for seed in (PROBE_SEED, PROBE_SEED + 1)
+    ]
+    trainer = Trainer(architecture, recipe, pictures, device)
+    log: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "captioned": CAPTIONED_CATEGORIES,
+        "drawn_defects": DRAWN_DEFECTS,
+        "device": str(device),
+        "curve": [],
+    }
+    recent: list[dict[str, float]] = []
+    bar = tqdm(range(recipe.steps), desc="training", unit="step", mininterval=5.0)
+    for number in bar:
+        recent.append(trainer.step(number))
+        last = number + 1 == recipe.steps
+        if last or (number + 1) % checkpoint_every == 0:
+            losses = {name: float(np.mean([step[name] for step in recent])) for name in recent[0]}
+            auroc = zero_shot_auroc(trainer.clip, probe)
+            log["curve"].append({"step": number + 1, "losses": losses, **_summary(auroc)})
+            log |= {"zero_shot_image_auroc": auroc, "seconds": time.monotonic() - start}
+            bar.write(json.dumps(log["curve"][-1]))
+            _write(out, save(state_dict_of(trainer.clip)))
+            _write(out.with_suffix(".log.json"), json.dumps(log, indent=1).encode())
+            recent = []
+    return log
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _summary(auroc: dict[str, float]) -> dict[str, float]:
+    groups = {"captioned": CAPTIONED_CATEGORIES, "never_shown": UNSEEN_CATEGORIES}
+    return {group: float(np.mean([auroc[name] for name in names])) for group, names in groups.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="anomalib_aprilgan.drawn_clip.pretrain", description=__doc__)
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of everything (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=Recipe.pool, help="twins drawn beforehand (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="weight file to write, .safetensors")
+    options = parser.parse_args(arguments)
+    if options.out.suffix != ".safetensors":
+        parser.error(f"--out must end in .safetensors, got {options.out.name}")
+    train(Recipe(options.steps, options.seed, options.pool), options.out, workers=options.workers)
+
+
+if __name__ == "__main__":
+    main()
