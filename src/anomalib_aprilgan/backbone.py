@@ -197,7 +197,7 @@ class ClipBackbone(nn.Module):
             msg = f"`images` must be {self.architecture.image_size} pixels for this model, got {tuple(images.shape)}."
             raise ValueError(msg)
         visual = self.visual
-        patches = visual.conv1(images).flatten(2).transpose(1, 2)
+        patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         stream = torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
         stream = visual.ln_pre(visual.patch_dropout(stream))
@@ -261,7 +261,7 @@ class ClipBackbone(nn.Module):
         if cut_context and text.attn_mask is not None and ends is not None:
             length = int(ends.max()) + 1
         tokens = tokens[:, :length]
-        embedded = text.token_embedding(tokens).float() + text.positional_embedding[:length].float()
+        embedded = text.token_embedding(tokens) + text.positional_embedding[:length]
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         *_, stream = _run_blocks(text.transformer, embedded, mask)
         stream = text.ln_final(stream)
@@ -272,7 +272,7 @@ class ClipBackbone(nn.Module):
         projection: Tensor | nn.Linear | None = text.text_projection
         if projection is not None:
             pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-        return cast("Tensor", pooled)
+        return cast("Tensor", pooled).float()
 
 
 def build_clip(architecture: ClipArchitecture) -> open_clip.CLIP:

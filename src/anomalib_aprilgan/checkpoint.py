@@ -77,6 +77,14 @@ class Provenance:
             versions={name: version(name) for name in ("anomalib", "open_clip_torch", "torch")},
         )
 
+    def with_earlier(self, trained_on: Mapping[str, list[str]]) -> Provenance:
+        """The same, with the data of an earlier training added; a data set without categories stands for all of it."""
+        merged = dict(self.trained_on)
+        for dataset, categories in trained_on.items():
+            ours = merged.get(dataset)
+            merged[dataset] = [] if not categories or ours == [] else sorted({*(ours or []), *categories})
+        return replace(self, trained_on=merged)
+
     def overlap(self, datamodule: AnomalibDataModule | None) -> str | None:
         """The data of a datamodule that the adapters were trained on, in words; ``None`` where there is none."""
         for dataset, categories in _datasets_of(datamodule).items():

@@ -23,7 +23,7 @@ from torch.optim import Adam
 
 from .adapters import LinearAdapters
 from .backbone import ClipArchitecture, image_statistics
-from .checkpoint import Provenance, save_adapters
+from .checkpoint import save_adapters
 from .losses import adapter_loss
 from .memory_bank import MemoryBank
 from .post_processing import AprilGANPostProcessor
@@ -96,14 +96,14 @@ class AprilGAN(AnomalibModule):
     ) -> None:
         # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
         backbone, pretrained, adapters = str(backbone), str(pretrained), None if adapters is None else str(adapters)
-        image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        image_size = _height_and_width(image_size)
         stages, memory_stages = tuple(stages), None if memory_stages is None else tuple(memory_stages)
         references = _plain_references(references)
         architecture = ClipArchitecture.load(backbone, image_size, quick_gelu)
         tapped = architecture.check_stages(stages)
         remembered = tapped if memory_stages is None else architecture.check_stages(memory_stages, "memory_stages")
         _check_few_shot(k_shot, references)
-        map_limit = float(len(tapped) + (len(remembered) if k_shot else 0))
+        map_limit = len(tapped) + (0.5 * len(remembered) if k_shot else 0.0)
         mean, std = image_statistics(backbone, pretrained) or (CLIP_MEAN, CLIP_STD)
         super().__init__(
             pre_processor=AprilGANPreProcessor(image_size, mean, std) if pre_processor is True else pre_processor,
@@ -111,6 +111,8 @@ class AprilGAN(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        if isinstance(self.post_processor, AprilGANPostProcessor):
+            self.post_processor.set_defaults(map_limit)
         self.adapters = adapters
         self.k_shot = k_shot
         ensemble = PromptEnsemble() if prompts is None else PromptEnsemble.from_file(prompts)
@@ -205,9 +207,9 @@ class AprilGAN(AnomalibModule):
         """
         self._fitting = stage == "fit"
         self.preparation.attach_backbone(self.model, self._target_device)
-        if self._trainer is not None and self.trainer.ckpt_path is not None:
-            return  # Lightning restores a checkpoint next; the start hooks do the rest after that
-        self._prepare(stage)
+        if self._trainer is None:
+            self._prepare(stage)
+        # With a trainer the start hooks do the rest: a checkpoint is restored between this and them.
 
     def on_fit_start(self) -> None:
         """Refuse data that adapters cannot learn from, and note what they will have seen."""
@@ -216,12 +218,11 @@ class AprilGAN(AnomalibModule):
             msg = f"`adapters={self.adapters!r}` are given and not trained. Pass `adapters=None` to train fresh ones."
             raise RuntimeError(msg)
         datamodule = self._datamodule
-        if not getattr(getattr(datamodule, "train_data", None), "has_anomalous", True):
+        has_defects = getattr(getattr(datamodule, "train_data", None), "has_anomalous", None)
+        if has_defects is False:
             self._refuse_normal_data()
-        self._saw_defect = False
-        self.preparation.provenance = Provenance.of_training(
-            datamodule, self.preparation.architecture, self.model.backbone.fingerprint, self.model.stages
-        )
+        self._saw_defect = bool(has_defects)  # else the first epoch will tell
+        self.preparation.note_training(self.model, datamodule)
 
     def on_train_epoch_end(self) -> None:
         """Refuse loaders without a defect, which only show it in passing."""
@@ -243,18 +244,20 @@ class AprilGAN(AnomalibModule):
         self._fitting = False
 
     def on_validation_start(self) -> None:
-        """Complete what waited for a checkpoint."""
+        """Complete the set-up, with what a checkpoint may have brought."""
         if not self._fitting:
             self._prepare("validate")
 
     def on_test_start(self) -> None:
-        """Complete what waited for a checkpoint."""
+        """Complete the set-up, with what a checkpoint may have brought."""
         self._prepare("test")
 
     def on_predict_start(self) -> None:
-        """Complete what waited for a checkpoint."""
+        """Complete the set-up, with what a checkpoint may have brought."""
         self._prepare("predict")
 
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)  # what is made here outlives the loop that asks for it
     def _prepare(self, stage: str) -> None:
         datamodule, preparation = self._datamodule, self.preparation
         preparation.load_adapters(self.model, datamodule)
@@ -267,6 +270,12 @@ class AprilGAN(AnomalibModule):
         )
         if held_out_maxima is not None and isinstance(self.post_processor, AprilGANPostProcessor):
             self._bound_map_maximum(self.post_processor, held_out_maxima)
+        elif held_out_maxima is not None:
+            warnings.warn(
+                "`post_processor` is not an AprilGANPostProcessor: scores stay those of the text, references change "
+                "the maps alone.",
+                stacklevel=2,
+            )
         if stage in {"validate", "test"}:
             preparation.warn_of_seen_data(datamodule)
         if self.learning_type == LearningType.ONE_CLASS:
@@ -276,17 +285,15 @@ class AprilGAN(AnomalibModule):
             )
 
     def _bound_map_maximum(self, post_processor: AprilGANPostProcessor, held_out_maxima: Tensor) -> None:
-        """Bounds of the map maximum for the case that no validation data tells better ones.
+        """Bounds and thresholds for the case that no validation data tells better ones.
 
-        From below what good parts reach: the lowest of the references, each held out in turn (for
-        a single one, 0). From above what a map can reach where every stage is certain.
+        The map maximum is bounded from below by what good parts reach: the lowest of the references,
+        each held out in turn (for a single one, 0); from above by what a map reaches where every stage is
+        certain, a cosine distance of one half counting as certain. Pixels are cut above all held-out maps.
         """
-        post_processor.to(held_out_maxima.device).set_defaults(
-            float(len(self.model.stages) + len(self.model.memory_stages))
-        )
+        limit = len(self.model.stages) + 0.5 * len(self.model.memory_stages)
+        post_processor.set_defaults(limit, held_out_maxima)
         post_processor.fuse_map_maximum = True
-        if len(held_out_maxima):
-            post_processor.map_maximum_min.copy_(held_out_maxima.min())
 
     @property
     def _datamodule(self) -> AnomalibDataModule | None:
@@ -312,6 +319,9 @@ class AprilGAN(AnomalibModule):
             ``pred_score`` and ``pred_label`` ``(B,)``, ``anomaly_map`` and ``pred_mask`` at the model's image size.
         """
         if not torch.compiler.is_compiling():
+            if batch.ndim != 4 or batch.shape[1] != 3:
+                msg = f"`batch` must be (B, 3, H, W), got {tuple(batch.shape)}."
+                raise ValueError(msg)
             self._make_ready()
         return super().forward(batch, *args, **kwargs)
 
@@ -424,6 +434,14 @@ class AprilGAN(AnomalibModule):
 def _plain(tensor: Any) -> Tensor:  # noqa: ANN401  # torchvision's subclasses carry no types
     """Without torchvision's subclass, which would go through every operation."""
     return cast("Tensor", tensor.as_subclass(Tensor))
+
+
+def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2:
+        msg = f"`image_size` must be one side, or height and width, got {sides}."
+        raise ValueError(msg)
+    return sides[0], sides[1]
 
 
 def _plain_references(references: References | None) -> str | list[str] | None:

@@ -64,8 +64,14 @@ class AprilGANPostProcessor(PostProcessor):
         self.map_maximum_max: Tensor
         self.set_defaults(map_limit)
 
-    def set_defaults(self, map_limit: float) -> None:
-        """Bounds and thresholds for the case that no validation data will tell better ones."""
+    def set_defaults(self, map_limit: float, held_out_maxima: Tensor | None = None) -> None:
+        """Bounds and thresholds for the case that no validation data will tell better ones.
+
+        Args:
+            map_limit: Highest value a map can be expected to take.
+            held_out_maxima: ``(K,)`` map maxima of good parts: the lowest bounds the map maximum from below,
+                and pixels are cut above the highest.
+        """
         defaults = {
             "image_min": 0.0,
             "_image_threshold": 0.5,
@@ -76,6 +82,9 @@ class AprilGANPostProcessor(PostProcessor):
             "map_maximum_min": 0.0,
             "map_maximum_max": map_limit,
         }
+        if held_out_maxima is not None and len(held_out_maxima):
+            defaults["map_maximum_min"] = held_out_maxima.min().item()
+            defaults["_pixel_threshold"] = held_out_maxima.max().item()
         for name, value in defaults.items():
             getattr(self, name).fill_(value)
 
@@ -124,8 +133,9 @@ class AprilGANPostProcessor(PostProcessor):
         if self._validation_scores.update_called:
             text_probability, map_maximum, label = self._validation_scores.compute()
             self._validation_scores.reset()
-            self.map_maximum_min.copy_(map_maximum.min())
-            self.map_maximum_max.copy_(map_maximum.max())
+            if label is not None and label.any() and not label.all():  # good parts alone do not show the range
+                self.map_maximum_min.copy_(map_maximum.min())
+                self.map_maximum_max.copy_(map_maximum.max())
             fused = self._fuse_maximum(text_probability, map_maximum)
             scores: Any = SimpleNamespace(pred_score=fused, gt_label=label)  # the two fields the metrics read
             if self.enable_thresholding and label is not None:
@@ -213,5 +223,5 @@ class _ScoreStore(Metric):
             self.label.append(label)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        label = dim_zero_cat(self.label) if self.label else None
+        label = dim_zero_cat(self.label) if len(self.label) else None  # a tensor once gathered across processes
         return dim_zero_cat(self.text_probability), dim_zero_cat(self.map_maximum), label

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .backbone import ClipArchitecture, load_clip
 from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolve_adapters
 from .prompts import PromptEnsemble
-from .references import References, ReferenceSource, read_reference
+from .references import References, ReferenceSource, contents_of, read_reference
 from .torch_model import AprilGANModel
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,11 @@ class Preparation:
         self.provenance = Provenance()
         self.reference_paths: list[str] = []
         self._adapter_source: str | None = None
+        self._restored_reference_key: list[str] | None = None
         self._reference_key: list[str] | None = None
+        self._reference_contents: list[str] | None = None
         self._fingerprint: str | None = None
+        self._encode_anew = False
 
     def attach_backbone(self, model: AprilGANModel, device: torch.device) -> None:
         """Give the model its CLIP.
@@ -87,6 +90,8 @@ class Preparation:
         """Given adapters, unless a checkpoint brought its own; ``"auto"`` looks at the data set."""
         if self.adapters is None or self._adapter_source == _FROM_CHECKPOINT:
             return
+        if datamodule is None and self._adapter_source is not None:
+            return  # a plain folder goes on with what "auto" chose before
         source = resolve_adapters(self.adapters, getattr(datamodule, "name", None), self.architecture)
         if source == self._adapter_source:
             return
@@ -107,9 +112,10 @@ class Preparation:
             single: Whether the images to come do not tell their class (prediction, export).
         """
         names = self._class_names(model, datamodule, single=single)
-        if names == model.class_names:
+        if names == model.class_names and not self._encode_anew:
             return
-        known = dict(zip(model.class_names, model.text_features, strict=True))
+        known = {} if self._encode_anew else dict(zip(model.class_names, model.text_features, strict=True))
+        self._encode_anew = False
         features = [
             known[name] if name in known else model.backbone.encode_states(*self.prompts.sentences(name))
             for name in names
@@ -150,16 +156,47 @@ class Preparation:
                 f"`k_shot={self.k_shot}` needs normal images: pass `references`, or a datamodule with training images."
             )
             raise ValueError(msg)
-        if source.key == self._reference_key and model.memory_bank.k_shot:
-            return None
+        class_names = getattr(datamodule, "class_names", ())
+        if len(class_names) > 1 and self.class_name is None:
+            msg = (
+                f"`k_shot={self.k_shot}`: a memory bank holds one class, the datamodule has {class_names}. "
+                "Inspect one class at a time."
+            )
+            raise ValueError(msg)
+        filled = model.memory_bank.k_shot > 0
+        if filled and source.key == self._restored_reference_key:
+            return None  # the checkpoint's: its images may be long gone
         chosen = source.draw()
+        contents = contents_of(chosen)
+        if filled and contents == self._reference_contents:
+            return None
         pre_process = pre_processor or nn.Identity()
         images = torch.cat([pre_process(read_reference(file).to(model.text_features.device)) for file in chosen])
         held_out_maxima = model.remember(images)
-        self._reference_key = source.key
+        self._restored_reference_key = None
+        self._reference_key, self._reference_contents = source.key, contents
         self.reference_paths = [str(file) for file in chosen]
         logger.info("References: %s", ", ".join(self.reference_paths))
         return held_out_maxima
+
+    def note_training(self, model: AprilGANModel, datamodule: AnomalibDataModule | None) -> None:
+        """Write down what the adapters will have seen, beside what they have seen before."""
+        before = self.provenance.trained_on
+        self.provenance = Provenance.of_training(
+            datamodule, self.architecture, model.backbone.fingerprint, model.stages
+        ).with_earlier(before)
+
+    def _clip_settings(self, model: AprilGANModel) -> dict[str, Any]:
+        """What a checkpoint's tensors rest on: other settings would give other numbers without a word."""
+        return {
+            "stages": list(model.stages),
+            "memory_stages": list(model.memory_stages),
+            "quick_gelu": self.architecture.quick_gelu,
+            "image_size": list(self.architecture.image_size),
+        }
+
+    def _prompt_lists(self) -> dict[str, list[str]]:
+        return {name: list(entries) for name, entries in vars(self.prompts).items()}
 
     def warn_of_seen_data(self, datamodule: AnomalibDataModule | None) -> None:
         """A warning that cannot be missed where the data under test trained the adapters."""
@@ -177,9 +214,11 @@ class Preparation:
         return {
             "class_names": list(model.class_names),
             "fingerprint": model.backbone.fingerprint if model.has_backbone else self._fingerprint,
+            "clip": self._clip_settings(model),
+            "prompts": self._prompt_lists(),
             "provenance": self.provenance.to_dict(),
             "references": self.reference_paths,
-            "reference_key": self._reference_key,
+            "reference_key": self._restored_reference_key or self._reference_key,
         }
 
     def from_checkpoint(
@@ -195,17 +234,30 @@ class Preparation:
         Raises:
             ValueError: The checkpoint belongs to another CLIP or other stages.
         """
-        provenance = Provenance.from_dict(learned["provenance"])
-        if model.has_backbone:
-            provenance.check(self.architecture, model.backbone.fingerprint, model.stages, "the checkpoint")
+        if model.has_backbone and learned["fingerprint"] not in {None, model.backbone.fingerprint}:
+            msg = (
+                f"`pretrained`: the checkpoint belongs to a CLIP with weights {learned['fingerprint']}, "
+                f"the model has weights {model.backbone.fingerprint}."
+            )
+            raise ValueError(msg)
+        ours = self._clip_settings(model)
+        for name, theirs in learned["clip"].items():
+            if theirs != ours[name]:
+                msg = f"`{name}` of the checkpoint is {theirs}, of the model {ours[name]}. Set them alike."
+                raise ValueError(msg)
         prefix = "adapters."
         adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         check_shapes(adapters, model.adapters.state_dict(), "the checkpoint")
         model.set_classes(learned["class_names"], torch.empty_like(state_dict["text_features"]))
         model.memory_bank.tokens = torch.empty_like(state_dict["memory_bank.tokens"])
-        self.provenance = provenance
+        if model.memory_bank.k_shot != self.k_shot:
+            logger.warning(
+                "The checkpoint remembers %s references; `k_shot` is %s.", model.memory_bank.k_shot, self.k_shot
+            )
+        self._encode_anew = learned["prompts"] != self._prompt_lists()
+        self.provenance = Provenance.from_dict(learned["provenance"])
         self.reference_paths = learned["references"]
-        self._reference_key = learned["reference_key"]
+        self._restored_reference_key = learned["reference_key"]
         self._fingerprint = learned["fingerprint"]
         self._adapter_source = _FROM_CHECKPOINT
 
@@ -216,7 +268,7 @@ class Preparation:
             return (self.class_name,)
         if datamodule is not None:
             class_names = getattr(datamodule, "class_names", None)
-            if class_names:
+            if class_names and not single:
                 return tuple(class_names)
             if datamodule.category:
                 return (datamodule.category,)

@@ -53,7 +53,7 @@ class ReferenceSource:
 
     @property
     def key(self) -> list[str]:
-        """Plain data, equal for equal draws."""
+        """The draw in words: plain data, to tell whether a checkpoint's references are those asked for."""
         return [self.name, str(self.k_shot), str(self.seed)]
 
     def draw(self) -> list[Path]:
@@ -69,6 +69,11 @@ class ReferenceSource:
             samples = self._module.train_data.samples
             files = sorted(Path(path) for path in samples.image_path[samples.label_index == 0])
         return draw_references(files, self.k_shot, self.seed, self.name)
+
+
+def contents_of(files: Sequence[Path]) -> list[str]:
+    """What tells these files from others, and from themselves after a change: path, size, time."""
+    return [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
 def list_references(references: References) -> list[Path]:

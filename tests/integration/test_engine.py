@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,37 @@ def test_checkpoint_round_trip(april_gan: Build, tmp_path: Path, k_shot: int, mo
         assert torch.equal(ours.anomaly_map, theirs.anomaly_map)
 
 
+@pytest.mark.parametrize("k_shot", [0, 4])
+def test_checkpoint_needs_neither_references_nor_adapter_file(april_gan: Build, tmp_path: Path, k_shot: int) -> None:
+    engine(tmp_path).train(april_gan(k_shot=k_shot), datamodule=bottle())
+    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    folder = DATASET / "tile" / "test" / "hole"
+    expected = engine(tmp_path).predict(AprilGAN.load_from_checkpoint(checkpoint), data_path=folder)
+    model = april_gan(k_shot=k_shot, adapters=str(tmp_path / "gone.pth"))
+    batches = engine(tmp_path).predict(model, data_path=folder, ckpt_path=checkpoint)
+    for ours, theirs in zip(batches, expected, strict=True):
+        assert torch.equal(ours.pred_score, theirs.pred_score)
+
+
+@pytest.mark.parametrize("change", [{"stages": (4, 3, 2, 1), "memory_stages": (1,)}, {"quick_gelu": False}])
+def test_checkpoint_of_other_settings_is_refused(april_gan: Build, tmp_path: Path, change: dict[str, Any]) -> None:
+    engine(tmp_path).validate(april_gan(), datamodule=bottle())
+    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    with pytest.raises(ValueError, match=r"`(memory_stages|quick_gelu)` of the checkpoint is .*Set them alike"):
+        engine(tmp_path).test(april_gan(**change), datamodule=bottle(), ckpt_path=checkpoint)
+
+
+def test_other_prompts_than_the_checkpoints_are_encoded_anew(april_gan: Build, tmp_path: Path) -> None:
+    engine(tmp_path).validate(april_gan(), datamodule=bottle())
+    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    (tmp_path / "prompts.yaml").write_text("templates: ['an x-ray of a {}.']")
+    own = april_gan(prompts=str(tmp_path / "prompts.yaml"))
+    engine(tmp_path).test(own, datamodule=bottle(), ckpt_path=checkpoint, verbose=False)
+    fresh = april_gan(prompts=str(tmp_path / "prompts.yaml"), class_name="bottle")
+    fresh.setup("predict")
+    assert torch.equal(own.model.text_features, fresh.model.text_features)
+
+
 def test_arguments_of_any_config_library_survive_a_checkpoint(small_clip: Any, tmp_path: Path) -> None:
     """`get_model` turns lists into OmegaConf's, which a `weights_only` load would refuse."""
     arguments = {
@@ -194,6 +226,15 @@ def test_trained_checkpoint_serves_another_category(april_gan: Build, tmp_path: 
     loaded = AprilGAN.load_from_checkpoint(checkpoint)
     loaded.to_torch(tmp_path)
     assert loaded.model.class_names == ("object",)
+
+
+def test_continued_training_remembers_all_data(april_gan: Build, tmp_path: Path) -> None:
+    engine(tmp_path / "a", max_epochs=1).fit(april_gan(adapters=None), datamodule=auxiliary(categories=["tile"]))
+    (checkpoint,) = (tmp_path / "a").glob("**/*.ckpt")
+    model = april_gan(adapters=None)
+    data = auxiliary(categories=["metal_nut"])
+    engine(tmp_path / "b", max_epochs=2).fit(model, datamodule=data, ckpt_path=checkpoint)
+    assert model.preparation.provenance.trained_on == {"MVTecAD": ["metal_nut", "tile"]}
 
 
 def test_saved_adapters_carry_their_provenance(april_gan: Build, tmp_path: Path) -> None:
@@ -349,6 +390,42 @@ def test_class_name_and_references_follow_the_datamodule(april_gan: Build, tmp_p
     assert all("/tile/train/good/" in path for path in model.preparation.reference_paths)
 
 
+def test_changed_references_are_read_again(april_gan: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "good"
+    shutil.copytree(DATASET / "tile" / "train" / "good", folder)
+    model = april_gan(k_shot=6, references=str(folder))
+    model.setup("predict")
+    before = model.model.memory_bank.tokens
+    model.setup("predict")
+    assert model.model.memory_bank.tokens is before
+    shutil.copy(DATASET / "bottle" / "train" / "good" / "000.png", folder / "000.png")
+    model.setup("predict")
+    assert not torch.equal(model.model.memory_bank.tokens, before)
+
+
+def test_one_memory_bank_does_not_serve_many_classes(april_gan: Build, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`k_shot=2`: a memory bank holds one class, .*'metal_nut', 'tile'"):
+        engine(tmp_path).validate(april_gan(k_shot=2), datamodule=auxiliary(val_split_ratio=0.3))
+
+
+def test_training_on_many_classes_and_then_a_plain_folder(april_gan: Build, tmp_path: Path) -> None:
+    model = april_gan(adapters=None)
+    runner = engine(tmp_path, max_epochs=1)
+    runner.fit(model, datamodule=auxiliary())
+    batches = runner.predict(model, data_path=DATASET / "tile" / "test" / "hole")
+    assert len(batches) == 3
+    assert model.model.class_names == ("object",)
+
+
+def test_references_without_masks_still_outline_something(april_gan: Build, tmp_path: Path) -> None:
+    """Without labels, pixels are cut above what the references reach, each held out in turn."""
+    references = str(DATASET / "tile" / "train" / "good")
+    model = april_gan(k_shot=4, references=references)
+    model.setup("predict")
+    low, threshold = model.post_processor.map_maximum_min, model.post_processor.pixel_threshold
+    assert 0 < low <= threshold < 6
+
+
 def test_folder_datamodule_without_masks(april_gan: Build, tmp_path: Path) -> None:
     data = Folder(
         name="parts",
@@ -387,6 +464,13 @@ def test_anomalib_knows_the_model() -> None:
         assert isinstance(model, AprilGAN)
         assert model.learning_type == LearningType.ZERO_SHOT
         assert sum(parameter.numel() for parameter in model.model.parameters()) == 4 * (1024 * 768 + 768)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_true_half_precision_runs(april_gan: Build, tmp_path: Path, precision: str) -> None:
+    model = april_gan(k_shot=2, visualizer=False)
+    (printed,) = engine(tmp_path, precision=precision).test(model, datamodule=bottle(), verbose=False)
+    assert 0 <= printed["image_AUROC"] <= 1
 
 
 def test_half_precision_runs_only_the_backbone_in_half(april_gan: Build, tmp_path: Path) -> None:

@@ -215,8 +215,16 @@ class TestValidation:
         self.validate(post_processor)
         assert all(torch.equal(value, before[name]) for name, value in post_processor.named_buffers())
 
-    def test_validation_without_labels_learns_the_bounds_alone(self) -> None:
+    @pytest.mark.parametrize("labels", [None, [0, 0]])
+    def test_bounds_are_not_learned_from_images_that_do_not_show_the_range(self, labels: list[int] | None) -> None:
         post_processor = AprilGANPostProcessor(8.0, fuse_map_maximum=True)
-        self.validate(post_processor, self.batch([0.1, 0.8], [1.0, 5.0], None))
-        assert (post_processor.map_maximum_min.item(), post_processor.map_maximum_max.item()) == (1.0, 5.0)
-        assert post_processor.image_threshold.item() == 0.5
+        self.validate(post_processor, self.batch([0.1, 0.8], [1.0, 5.0], labels))
+        assert (post_processor.map_maximum_min.item(), post_processor.map_maximum_max.item()) == (0.0, 8.0)
+
+    def test_scores_gathered_across_processes(self) -> None:
+        """Gathering turns the lists of a torchmetrics state into tensors."""
+        store = AprilGANPostProcessor()._validation_scores
+        store.text_probability, store.map_maximum = torch.tensor([0.1, 0.2]), torch.tensor([1.0, 2.0])
+        store.label = torch.tensor([0, 1])
+        store._update_count = 1
+        assert torch.equal(store.compute()[2], torch.tensor([0, 1]))
