@@ -62,8 +62,8 @@ class ClipArchitecture:
         """Architecture of an open_clip name or a model-config JSON, its activation decided here.
 
         open_clip picks QuickGELU or GELU differently by version and by tag; the published adapters
-        were trained with whatever the configuration of the architecture says (SPEC of the authors'
-        factory: GELU for ViT-L-14-336).
+        were trained with whatever the configuration of the architecture says (the authors' factory:
+        GELU for ViT-L-14-336).
 
         Args:
             backbone: Architecture name, or path of a JSON file.

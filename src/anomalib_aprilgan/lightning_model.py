@@ -194,9 +194,10 @@ class AprilGAN(AnomalibModule):
     # -- set-up -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Load CLIP and adapters, encode class names, fill the memory bank: once, or again for other data.
+        """Load CLIP; without a trainer, ``setup("predict")`` makes the model ready to be called.
 
-        Without a trainer, ``setup("predict")`` makes the model ready to be called.
+        That is: load adapters, encode class names, fill the memory bank, once or again for other data. With a
+        trainer this waits for the start hooks, since a checkpoint is restored between this and them.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
@@ -209,7 +210,6 @@ class AprilGAN(AnomalibModule):
         self.preparation.attach_backbone(self.model, self._target_device)
         if self._trainer is None:
             self._prepare(stage)
-        # With a trainer the start hooks do the rest: a checkpoint is restored between this and them.
 
     def on_fit_start(self) -> None:
         """Refuse data that adapters cannot learn from, and note what they will have seen."""

@@ -33,10 +33,6 @@ class MemoryBank(nn.Module):
         """
         self.tokens = F.normalize(torch.stack([tokens.detach().float() for tokens in patch_tokens]), dim=-1)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.tokens = torch.empty(0, device=self.tokens.device)
-
     def stages(self, *, without: int | None = None) -> list[list[Tensor]]:
         """The remembered patches of every stage, image by image.
 

@@ -186,18 +186,6 @@ class Preparation:
             datamodule, self.architecture, model.backbone.fingerprint, model.stages
         ).with_earlier(before)
 
-    def _clip_settings(self, model: AprilGANModel) -> dict[str, Any]:
-        """What a checkpoint's tensors rest on: other settings would give other numbers without a word."""
-        return {
-            "stages": list(model.stages),
-            "memory_stages": list(model.memory_stages),
-            "quick_gelu": self.architecture.quick_gelu,
-            "image_size": list(self.architecture.image_size),
-        }
-
-    def _prompt_lists(self) -> dict[str, list[str]]:
-        return {name: list(entries) for name, entries in vars(self.prompts).items()}
-
     def warn_of_seen_data(self, datamodule: AnomalibDataModule | None) -> None:
         """A warning that cannot be missed where the data under test trained the adapters."""
         seen = self.provenance.overlap(datamodule)
@@ -275,3 +263,15 @@ class Preparation:
         if len(model.class_names) == 1 or (model.class_names and not single):
             return model.class_names  # what was encoded or restored before
         return ("object",)
+
+    def _clip_settings(self, model: AprilGANModel) -> dict[str, Any]:
+        """What a checkpoint's tensors rest on: other settings would give other numbers without a word."""
+        return {
+            "stages": list(model.stages),
+            "memory_stages": list(model.memory_stages),
+            "quick_gelu": self.architecture.quick_gelu,
+            "image_size": list(self.architecture.image_size),
+        }
+
+    def _prompt_lists(self) -> dict[str, list[str]]:
+        return {name: list(entries) for name, entries in vars(self.prompts).items()}
