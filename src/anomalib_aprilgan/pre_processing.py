@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,8 @@ class AprilGANPreProcessor(PreProcessor):
         image_size: Height and width in pixels.
         mean: Channel means in ``[0, 1]``.
         std: Channel standard deviations in ``[0, 1]``.
+        tiled: Whether anomalib leaves images and masks of a batch as they are, at full size, because the model
+            cuts tiles out of them and calls :meth:`forward` for those.
     """
 
     def __init__(
@@ -62,9 +65,13 @@ class AprilGANPreProcessor(PreProcessor):
         image_size: tuple[int, int],
         mean: tuple[float, ...] = CLIP_MEAN,
         std: tuple[float, ...] = CLIP_STD,
+        *,
+        tiled: bool = False,
     ) -> None:
-        super().__init__(Compose([EightBitResize(image_size), Normalize(mean=list(mean), std=list(std))]))
+        whole = Compose([EightBitResize(image_size), Normalize(mean=list(mean), std=list(std))])
+        super().__init__(None if tiled else whole)
         self.image_size = image_size
+        self.tiled = tiled
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -89,12 +96,50 @@ class AprilGANPreProcessor(PreProcessor):
         return {"image_size": [height, width], "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` returned."""
+        """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice."""
         height, width = config["image_size"]
-        restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]))
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        restored = AprilGANPreProcessor((height, width), mean, std, tiled=self.tiled)
         self.transform = restored.transform
         self.image_size = restored.image_size
         self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
+
+
+def aspect_size(picture_size: tuple[int, int], side: int, patch_size: int) -> tuple[int, int]:
+    """Image size that keeps the shape of a picture at the cost of a square one.
+
+    Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in
+    shape, and among equals the largest. ``AprilGAN(image_size=aspect_size((1024, 2048), 518, 14))`` looks at
+    pictures of 2048 x 1024 pixels in 26 x 52 patches, where 518 would squash them into 37 x 37.
+
+    Args:
+        picture_size: Height and width of the pictures, in pixels or any other unit.
+        side: Side of the square in pixels, a multiple of the patch.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        Height and width in pixels, multiples of the patch.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    height, width = picture_size
+    if height <= 0 or width <= 0:
+        msg = f"`picture_size` must be a height and a width above 0, got {height} x {width}."
+        raise ValueError(msg)
+    if patch_size < 1 or side < patch_size or side % patch_size:
+        msg = f"`side` must be a multiple of the patch of {patch_size} pixels, got {side}."
+        raise ValueError(msg)
+    most = (side // patch_size) ** 2
+    shape = math.log(width / height)
+    grids = [
+        (rows, columns)
+        for rows in range(1, most + 1)
+        for columns in range(math.ceil(0.9 * most / rows), most // rows + 1)
+    ]
+    # Rounded, so that sizes of one shape count as equals.
+    rows, columns = min(grids, key=lambda grid: (round(abs(math.log(grid[1] / grid[0]) - shape), 9), -math.prod(grid)))
+    return rows * patch_size, columns * patch_size
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from anomalib_aprilgan.pre_processing import (
     CLIP_STD,
     AprilGANPreProcessor,
     EightBitResize,
+    aspect_size,
     resize_image,
     resize_mask,
 )
@@ -189,6 +190,44 @@ class TestTransform:
         assert resized.size == (20, 30)
 
 
+class TestAspectSize:
+    @pytest.mark.parametrize(
+        ("picture_size", "grid"),
+        [
+            ((900, 900), (37, 37)),
+            ((1024, 2048), (26, 52)),
+            ((2048, 1024), (52, 26)),
+            ((1000, 1500), (30, 45)),
+            ((1080, 1920), (27, 48)),
+        ],
+    )
+    def test_worked_values(self, picture_size: tuple[int, int], grid: tuple[int, int]) -> None:
+        assert aspect_size(picture_size, 518, 14) == (14 * grid[0], 14 * grid[1])
+
+    @pytest.mark.parametrize(("side", "patch"), [(518, 14), (336, 14), (96, 8), (224, 32), (16, 16)])
+    @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.3, 0.7, 0.99, 1.0, 1.25, 1.5, 2.0, 3.7, 20.0, 1000.0])
+    def test_costs_no_more_than_the_square_and_bends_less(self, side: int, patch: int, ratio: float) -> None:
+        height, width = aspect_size((1, ratio), side, patch)
+        patches = (height // patch) * (width // patch)
+        assert height % patch == width % patch == 0
+        assert 0.9 * (side // patch) ** 2 <= patches <= (side // patch) ** 2
+        bend = abs(np.log(width / height / ratio))
+        assert bend <= abs(np.log(ratio)) + 1e-9
+        if (side, patch) == (518, 14) and 0.2 < ratio < 5:
+            assert bend < 0.02
+
+    def test_transposed_pictures_give_transposed_sizes(self) -> None:
+        for height, width in ((480, 640), (1000, 1301), (300, 2000)):
+            assert aspect_size((width, height), 518, 14) == aspect_size((height, width), 518, 14)[::-1]
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match="`picture_size` must be a height and a width above 0, got 0 x 5"):
+            aspect_size((0, 5), 518, 14)
+        for side in (0, 520):
+            with pytest.raises(ValueError, match=f"`side` must be a multiple of the patch of 14 pixels, got {side}"):
+                aspect_size((5, 5), side, 14)
+
+
 class TestPreProcessor:
     def test_forward_and_transform_are_one(self) -> None:
         pre_processor = AprilGANPreProcessor((24, 32))
@@ -214,6 +253,19 @@ class TestPreProcessor:
         batch = torch.rand(1, 3, 40, 40)
         assert torch.equal(restored(batch), original(batch))
         assert torch.equal(restored.transform(batch), original.transform(batch))
+
+    def test_tiled_leaves_batches_alone_and_prepares_tiles(self) -> None:
+        tiled, whole = AprilGANPreProcessor((24, 32), tiled=True), AprilGANPreProcessor((24, 32))
+        tiles = torch.rand(2, 3, 50, 40)
+        assert tiled.transform is None  # anomalib's datamodules and hooks then touch neither image nor mask
+        assert torch.equal(tiled(tiles), whole(tiles))
+
+    @pytest.mark.parametrize("tiled", [False, True])
+    def test_a_checkpoint_does_not_decide_about_tiles(self, tiled: bool) -> None:
+        restored = AprilGANPreProcessor((8, 8), tiled=tiled)
+        restored.load_checkpoint_config(AprilGANPreProcessor((24, 32), tiled=not tiled).checkpoint_config())
+        assert (restored.transform is None) == tiled
+        assert restored(torch.rand(1, 3, 40, 40)).shape == (1, 3, 24, 32)
 
     def test_statistics_are_no_part_of_the_state_dict(self) -> None:
         assert AprilGANPreProcessor((8, 8)).state_dict() == {}
