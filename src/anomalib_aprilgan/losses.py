@@ -1,7 +1,8 @@
-"""The losses that train the adapters: focal and dice on the probability map of every stage."""
+"""The losses that train the adapters: focal and dice on the probability map of every stage, and one without masks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMOOTHING = 1e-5
+# In a mask: nobody knows whether this pixel is anomalous.
+UNKNOWN = 255
+# Share of the pixels of an anomalous image that are taken to be anomalous where no mask tells.
+TOP_SHARE = 0.02
 
 
 def focal_loss(probabilities: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
@@ -70,6 +75,56 @@ def adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tenso
         Scalar.
     """
     losses = [focal_loss(maps, target) + dice_loss(maps[:, 1], target) for maps in stage_probabilities]
+    return torch.stack(losses).sum()
+
+
+def partial_adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Every image contributes what is known of it: :func:`adapter_loss` with a mask, else one of its label.
+
+    This is ours, not the paper's, which trains on masks alone. The loss is the mean over the
+    images. An image with a mask, a normal one's being zero, counts with :func:`adapter_loss`; where
+    all have one this *is* that loss. An image of which any pixel is :data:`UNKNOWN` is anomalous
+    somewhere and counts with :func:`multiple_instance_loss`.
+
+    Args:
+        stage_probabilities: Per stage ``(B, 2, H, W)``: normal, anomalous.
+        target: ``(B, H, W)`` masks: 0, 1, or :data:`UNKNOWN`.
+
+    Returns:
+        Scalar.
+    """
+    known = ~(target == UNKNOWN).flatten(1).any(dim=1)
+    if known.all():
+        return adapter_loss(stage_probabilities, target)
+    for maps in stage_probabilities:
+        _check_shapes(maps, target)
+    loss = multiple_instance_loss([maps[~known] for maps in stage_probabilities])
+    if not known.any():
+        return loss
+    share = known.float().mean()
+    return share * adapter_loss([maps[known] for maps in stage_probabilities], target[known]) + (1.0 - share) * loss
+
+
+def multiple_instance_loss(stage_probabilities: Sequence[Tensor]) -> Tensor:
+    """Loss of images that are anomalous nobody knows where: their most anomalous pixels shall be so.
+
+    Multiple-instance learning with an image as the bag and its pixels as the instances; ours, not
+    the paper's. In every stage, the anomalous probability is averaged over the highest
+    :data:`TOP_SHARE` of the pixels, and its binary cross entropy with "anomalous", ``-log``, is the
+    loss of an image, summed over the stages as in :func:`adapter_loss`. The other pixels are left
+    alone: only normal images in the training hold them down.
+
+    Args:
+        stage_probabilities: Per stage ``(B, 2, H, W)``: normal, anomalous.
+
+    Returns:
+        Scalar.
+    """
+    losses = []
+    for maps in stage_probabilities:
+        anomalous = maps[:, 1].flatten(1)
+        highest = anomalous.topk(math.ceil(TOP_SHARE * anomalous.shape[1]), dim=1).values
+        losses.append(-(highest.mean(dim=1) + SMOOTHING).log().mean())
     return torch.stack(losses).sum()
 
 

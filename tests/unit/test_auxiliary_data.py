@@ -97,16 +97,6 @@ class TestItems:
         assert any("/good/" not in item.image_path and not item.gt_mask.any() for item in items)
         assert [item.gt_label.item() for item in items] == dataset.samples.label_index.tolist()
 
-    def test_anomalous_images_need_a_mask_and_normal_ones_do_not(self, build: Callable[..., AuxiliaryData]) -> None:
-        dataset = build(categories=["bottle"]).train_data
-        dataset.datasets[0].samples.attrs["task"] = "classification"  # anomalib then reads no masks
-        labels = dataset.samples.label_index
-        assert not dataset[int(labels.index[labels == 0][0])].gt_mask.any()
-        with pytest.raises(
-            ValueError, match=r"\.png is anomalous and has no mask; adapters are trained and validated on"
-        ):
-            dataset[int(labels.index[labels == 1][0])]
-
 
 class TestSources:
     def test_data_sets_and_categories(self, build: Callable[..., AuxiliaryData]) -> None:
@@ -298,6 +288,7 @@ class TestErrors:
             ),
             ({"dataset": "visa", "mosaic_rate": 1.5}, r"`mosaic_rate` must lie in \[0, 1\], got 1\.5\."),
             ({"dataset": "visa", "mosaic_rate": -0.1}, r"`mosaic_rate` must lie in \[0, 1\], got -0\.1\."),
+            ({"dataset": "visa", "synthetic_rate": 1.5}, r"`synthetic_rate` must lie in \[0, 1\], got 1\.5\."),
             ({"dataset": "visa", "val_split_ratio": 2}, r"`val_split_ratio` must lie in \[0, 1.*, got 2"),
             ({"dataset": "visa", "val_split_ratio": 1.0}, r"`val_split_ratio` must lie in \[0, 1\), got 1"),
             (

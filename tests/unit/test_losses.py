@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_aprilgan.losses import SMOOTHING, adapter_loss, dice_loss, focal_loss
+from anomalib_aprilgan.losses import (
+    SMOOTHING,
+    UNKNOWN,
+    adapter_loss,
+    dice_loss,
+    focal_loss,
+    multiple_instance_loss,
+    partial_adapter_loss,
+)
 
 
 def case(batch: int = 2, height: int = 3, width: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -137,13 +145,97 @@ class TestAdapterLoss:
             adapter_loss([probabilities, probabilities[..., :-1]], target)
 
 
-@pytest.mark.parametrize("name", ["focal", "dice", "adapter"])
+class TestMultipleInstance:
+    @staticmethod
+    def stages(*maps: Tensor) -> list[Tensor]:
+        return [torch.stack([1 - anomalous, anomalous], dim=1) for anomalous in maps]
+
+    def test_by_hand(self) -> None:
+        # Of 100 pixels the 2 highest: (0.9 + 0.5) / 2 in one stage, 0.3 in the other.
+        first, second = torch.zeros(1, 10, 10), torch.full((1, 10, 10), 0.3)
+        first[0, 3, 4], first[0, 8, 1], first[0, 0, 0] = 0.9, 0.5, 0.4
+        assert multiple_instance_loss(self.stages(first)).item() == pytest.approx(-math.log(0.7), abs=1e-4)
+        expected = -math.log(0.7) - math.log(0.3)
+        assert multiple_instance_loss(self.stages(first, second)).item() == pytest.approx(expected, abs=1e-4)
+
+    def test_matches_loops(self) -> None:
+        stages = [case(2, 9, 13, seed)[0] for seed in (1, 2, 3)]
+        losses = []
+        for image in range(2):
+            highest = [sorted(maps[image, 1].flatten().tolist(), reverse=True)[:3] for maps in stages]  # 2.34 of 117
+            losses.append(sum(-math.log(sum(pixels) / 3 + SMOOTHING) for pixels in highest))
+        assert multiple_instance_loss(stages).item() == pytest.approx(sum(losses) / 2, rel=1e-9)
+
+    def test_where_the_highest_pixels_lie_does_not_matter(self) -> None:
+        stages = [case(2, 8, 8, seed)[0] for seed in (1, 2)]
+        moved = [
+            maps.flatten(2)[..., torch.randperm(64, generator=torch.Generator().manual_seed(seed))].unflatten(2, (8, 8))
+            for seed, maps in enumerate(stages)
+        ]
+        assert multiple_instance_loss(moved).item() == pytest.approx(multiple_instance_loss(stages).item(), rel=1e-12)
+
+    def test_falls_with_the_evidence_and_stays_finite(self) -> None:
+        losses = [multiple_instance_loss(self.stages(torch.full((1, 5, 5), p))).item() for p in (0.0, 0.1, 0.5, 1.0)]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[0] == pytest.approx(-math.log(SMOOTHING), rel=1e-5)
+        assert losses[-1] == pytest.approx(0.0, abs=1e-4)
+
+    def test_only_the_highest_pixels_learn(self) -> None:
+        maps = case(1, 10, 10)[0].requires_grad_()
+        multiple_instance_loss([maps]).backward()
+        learning = maps.grad[0, 1].flatten().nonzero().flatten()
+        assert sorted(learning.tolist()) == sorted(maps[0, 1].flatten().topk(2).indices.tolist())
+        assert (maps.grad[0, 1].flatten()[learning] < 0).all()
+
+
+class TestPartialAdapterLoss:
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_with_masks_it_is_the_adapter_loss_to_the_last_bit(self, batch: int, dtype: torch.dtype) -> None:
+        stages = [case(batch, 7, 5, seed)[0].float().requires_grad_() for seed in (1, 2, 3)]
+        target = case(batch, 7, 5)[1].to(dtype)
+        target[0] = 0  # a normal image
+        ours, papers = partial_adapter_loss(stages, target), adapter_loss(stages, target)
+        assert torch.equal(ours, papers)
+        for one, other in zip(torch.autograd.grad(ours, stages), torch.autograd.grad(papers, stages), strict=True):
+            assert torch.equal(one, other)
+
+    def test_without_masks_it_is_the_multiple_instance_loss(self) -> None:
+        stages = [case(2, seed=seed)[0] for seed in (1, 2)]
+        loss = partial_adapter_loss(stages, torch.full((2, 3, 4), UNKNOWN))
+        assert torch.equal(loss, multiple_instance_loss(stages))
+
+    def test_every_image_contributes_by_what_it_has(self) -> None:
+        stages = [case(4, seed=seed)[0] for seed in (1, 2)]
+        _, target = case(4)
+        target[1], target[3, 1, 2] = UNKNOWN, UNKNOWN  # one unknown pixel, and the mask is not to be relied on
+        single = [
+            adapter_loss([maps[[image]] for maps in stages], target[[image]])
+            if image in {0, 2}
+            else multiple_instance_loss([maps[[image]] for maps in stages])
+            for image in range(4)
+        ]
+        mean = torch.stack(single).mean().item()
+        assert partial_adapter_loss(stages, target).item() == pytest.approx(mean, rel=1e-7)
+
+    def test_bad_shapes_are_refused(self) -> None:
+        probabilities, target = case()
+        target[0] = UNKNOWN
+        with pytest.raises(ValueError, match=r"`probabilities` must be \(B, 2, H, W\)"):
+            partial_adapter_loss([probabilities[..., :-1]], target)
+
+
+@pytest.mark.parametrize("name", ["focal", "dice", "adapter", "multiple instance", "partial"])
 def test_gradients(name: str) -> None:
     _, target = case()
+    half_known = target.clone()
+    half_known[0] = UNKNOWN
     logits = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     functions = {
         "focal": lambda x: focal_loss(x.softmax(dim=1), target),
         "dice": lambda x: dice_loss(x.softmax(dim=1)[:, 1], target),
         "adapter": lambda x: adapter_loss([x.softmax(dim=1), (2 * x).softmax(dim=1)], target),
+        "multiple instance": lambda x: multiple_instance_loss([x.softmax(dim=1), (2 * x).softmax(dim=1)]),
+        "partial": lambda x: partial_adapter_loss([x.softmax(dim=1), (2 * x).softmax(dim=1)], half_known),
     }
     assert torch.autograd.gradcheck(functions[name], (logits.requires_grad_(),))
