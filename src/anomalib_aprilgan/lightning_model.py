@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,16 +24,21 @@ from torch.optim import Adam
 from .adapters import LinearAdapters
 from .backbone import ClipArchitecture, image_statistics
 from .checkpoint import save_adapters
-from .losses import adapter_loss
-from .memory_bank import MemoryBank
+from .class_names import class_of_file, words_of_classes
+from .data.reading import read_data_of, unreadable_files
+from .evaluator import ClassEvaluator
+from .losses import partial_adapter_loss
 from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .prompts import PromptEnsemble
 from .references import References
+from .tiling import check_tiles, run_tiled
 from .torch_model import AprilGANModel
 
 CHECKPOINT_KEY = "anomalib_aprilgan"
+# Tiles of a large image that go through CLIP together.
+_TILES_AT_ONCE = 4
 _BACKBONE_PREFIX = "model._backbone."
 
 
@@ -55,14 +60,22 @@ class AprilGAN(AnomalibModule):
         adapters: ``"mvtec"`` or ``"visa"`` (the authors', by the data set they were trained on),
             ``"auto"`` (the one of them not trained on the target), a file, or ``None``: fresh ones
             that ``fit`` trains.
-        class_name: Name of the object in the sentences; else the datamodule's category, else
-            "object".
+        class_name: Words for the object in the sentences; else the datamodule's category, else "object". For
+            several products in one model a list of names, or a mapping from names to words. Every image then goes to
+            the class that its datamodule tells, or whose name a folder of its path has.
+        default_class: The one of several classes for images that tell none of them, and the one that an export is
+            of; else such images are an error.
+        class_aliases: Whether MVTec AD's and VisA's names that are no words (``pcb1``) are replaced by some in the
+            sentences; the published results use the names.
         prompts: YAML file with own ``normal``, ``anomalous`` and ``templates`` lists; else the paper's.
         k_shot: Number of normal reference images; 0 for zero-shot.
-        references: Folder or list of reference images; else drawn from the datamodule's training
-            images.
+        references: Folder or list of reference images; for several classes a mapping from their names to such, or a
+            folder with a folder of each name; else drawn from the datamodule's training images.
         memory_stages: Tapped blocks of the memory bank; else those of ``stages``.
         seed: Seed of the draw of references.
+        tile_size: Side in pixels of the overlapping tiles that large images are inspected in, each at ``image_size``;
+            maps are then as large as the images. Unset, images are resized as a whole.
+        tile_overlap: Share of a tile's side that its neighbour covers too, at least.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
@@ -83,12 +96,16 @@ class AprilGAN(AnomalibModule):
         image_size: int | tuple[int, int] = 518,
         stages: Sequence[int] = (6, 12, 18, 24),
         adapters: str | None = "auto",
-        class_name: str | None = None,
+        class_name: dict[str, str] | list[str] | str | None = None,
         prompts: str | None = None,
         k_shot: int = 0,
-        references: str | list[str] | None = None,
+        references: dict[str, str | list[str]] | list[str] | str | None = None,
         memory_stages: Sequence[int] | None = None,
         seed: int = 0,
+        default_class: str | None = None,
+        class_aliases: bool = False,
+        tile_size: int | None = None,
+        tile_overlap: float = 0.25,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -104,9 +121,17 @@ class AprilGAN(AnomalibModule):
         remembered = tapped if memory_stages is None else architecture.check_stages(memory_stages, "memory_stages")
         _check_few_shot(k_shot, references)
         map_limit = len(tapped) + (0.5 * len(remembered) if k_shot else 0.0)
+        tiled = tile_size is not None
+        if tile_size is not None:
+            check_tiles(tile_size, tile_overlap)
+        if not isinstance(pre_processor, bool) and getattr(pre_processor, "tiled", False) != tiled:
+            msg = "`pre_processor` and `tile_size` do not go together: pass `AprilGANPreProcessor(..., tiled=True)`."
+            raise ValueError(msg)
         mean, std = image_statistics(backbone, pretrained) or (CLIP_MEAN, CLIP_STD)
         super().__init__(
-            pre_processor=AprilGANPreProcessor(image_size, mean, std) if pre_processor is True else pre_processor,
+            pre_processor=AprilGANPreProcessor(image_size, mean, std, tiled=tiled)
+            if pre_processor is True
+            else pre_processor,
             post_processor=AprilGANPostProcessor(map_limit) if post_processor is True else post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -116,14 +141,20 @@ class AprilGAN(AnomalibModule):
         self.adapters = adapters
         self.k_shot = k_shot
         ensemble = PromptEnsemble() if prompts is None else PromptEnsemble.from_file(prompts)
-        if class_name is not None:
-            ensemble.sentences(class_name)  # refuses an empty name now, not after CLIP was loaded
+        words = words_of_classes(class_name)
+        for said in (words or {}).values():
+            ensemble.sentences(said)  # refuses an empty name now, not after CLIP was loaded
+        if default_class is not None and (words is None or default_class not in words):
+            msg = f"`default_class` must be one of the classes in `class_name` ({class_name}), got {default_class!r}."
+            raise ValueError(msg)
+        self.default_class = default_class
+        self.tile_size, self.tile_overlap = tile_size, tile_overlap
         self.preparation = Preparation(
-            architecture, pretrained, adapters, class_name, ensemble, k_shot, references, seed
+            architecture, pretrained, adapters, words, ensemble, class_aliases, k_shot, references, seed, tile_size
         )
         linear = LinearAdapters(len(tapped), architecture.width, architecture.embed_dim)
         linear.requires_grad_(adapters is None)
-        self.model = AprilGANModel(linear, MemoryBank(), tapped, remembered)
+        self.model = AprilGANModel(linear, tapped, remembered)
         self._trained = False
         self._fitting = False
         self._saw_defect = False
@@ -153,10 +184,10 @@ class AprilGAN(AnomalibModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """The paper's metrics: AUROC, F1-max and AP of images and pixels, and the pixels' AUPRO."""
+        """The paper's metrics, class by class: AUROC, F1-max and AP of images and pixels, and the pixels' AUPRO."""
         image: dict[str, Any] = {"fields": ["pred_score", "gt_label"], "prefix": "image_"}
         pixel: dict[str, Any] = {"fields": ["anomaly_map", "gt_mask"], "prefix": "pixel_", "strict": False}
-        return Evaluator(
+        return ClassEvaluator(
             test_metrics=[
                 AUROC(**image),
                 F1Max(**image),
@@ -210,9 +241,14 @@ class AprilGAN(AnomalibModule):
         self.preparation.attach_backbone(self.model, self._target_device)
         if self._trainer is None:
             self._prepare(stage)
+        else:
+            read_data_of(self.trainer, stage)  # before Lightning starts the loaders' workers
 
     def on_fit_start(self) -> None:
         """Refuse data that adapters cannot learn from, and note what they will have seen."""
+        if self.tile_size is not None:
+            msg = "`tile_size` is for inspection. Train the adapters without it, then pass them as `adapters`."
+            raise RuntimeError(msg)
         self._prepare("fit")
         if self.adapters is not None:
             msg = f"`adapters={self.adapters!r}` are given and not trained. Pass `adapters=None` to train fresh ones."
@@ -232,9 +268,10 @@ class AprilGAN(AnomalibModule):
     def _refuse_normal_data(self) -> None:
         name = getattr(self._datamodule, "name", "the loader")
         msg = (
-            "`adapters=None` trains fresh adapters, which takes images of defects with masks; the training data of "
-            f"{name} has not a single anomalous image. Train on the test images of other data sets with "
-            "`anomalib_aprilgan.data.AuxiliaryData`, or pass trained `adapters`."
+            "`adapters=None` trains fresh adapters, which takes images of defects; the training data of "
+            f"{name} has not a single anomalous image. Wrap datamodules with defects, with masks or labels alone, in "
+            "`anomalib_aprilgan.data.AuxiliaryData`; for good parts alone give it `synthetic_rate=0.5`; or pass "
+            "trained `adapters`."
         )
         raise ValueError(msg)
 
@@ -256,21 +293,33 @@ class AprilGAN(AnomalibModule):
         """Complete the set-up, with what a checkpoint may have brought."""
         self._prepare("predict")
 
+    def on_predict_end(self) -> None:
+        """Say once more which files of a folder could not be read."""
+        skipped = unreadable_files(self.trainer.predict_dataloaders)
+        if skipped:
+            names = ", ".join(path.name for path in skipped)
+            warnings.warn(f"{len(skipped)} files could not be read and have no prediction: {names}.", stacklevel=2)
+
     @torch.no_grad()
     @torch.inference_mode(mode=False)  # what is made here outlives the loop that asks for it
     def _prepare(self, stage: str) -> None:
         datamodule, preparation = self._datamodule, self.preparation
         preparation.load_adapters(self.model, datamodule)
-        preparation.encode_classes(self.model, datamodule, single=stage in {"predict", "export"})
+        single = stage == "export" or (stage == "predict" and not self._is_told_classes())
+        preparation.encode_classes(self.model, datamodule, single=single)
+        if isinstance(self.post_processor, AprilGANPostProcessor):
+            self.post_processor.set_classes(self.model.class_names)
         self.model.to(self._target_device)
         if stage == "fit":
             return  # adapters are trained without a memory bank
         held_out_maxima = preparation.fill_memory_bank(
             self.model, datamodule, self.pre_processor, optional=stage == "validate"
         )
-        if held_out_maxima is not None and isinstance(self.post_processor, AprilGANPostProcessor):
-            self._bound_map_maximum(self.post_processor, held_out_maxima)
-        elif held_out_maxima is not None:
+        if held_out_maxima and isinstance(self.post_processor, AprilGANPostProcessor):
+            for number, maxima in held_out_maxima.items():
+                self._bound_map_maximum(self.post_processor.of_class(number), maxima)
+            self.post_processor.fuse_map_maximum = True
+        elif held_out_maxima:
             warnings.warn(
                 "`post_processor` is not an AprilGANPostProcessor: scores stay those of the text, references change "
                 "the maps alone.",
@@ -293,12 +342,19 @@ class AprilGAN(AnomalibModule):
         """
         limit = len(self.model.stages) + 0.5 * len(self.model.memory_stages)
         post_processor.set_defaults(limit, held_out_maxima)
-        post_processor.fuse_map_maximum = True
 
     @property
     def _datamodule(self) -> AnomalibDataModule | None:
         datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         return datamodule if isinstance(datamodule, AnomalibDataModule) else None
+
+    def _is_told_classes(self) -> bool:
+        """Whether the images to be predicted come with their classes."""
+        loaders = self.trainer.predict_dataloaders if self._trainer is not None else None
+        datasets = [
+            getattr(loader, "dataset", None) for loader in (loaders if isinstance(loaders, list) else [loaders])
+        ]
+        return any("class_name" in getattr(dataset, "samples", ()) for dataset in datasets)
 
     @property
     def _target_device(self) -> torch.device:
@@ -307,40 +363,74 @@ class AprilGAN(AnomalibModule):
 
     # -- steps --------------------------------------------------------------------------------------
 
-    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401  # anomalib's signature
+    def forward(self, batch: Tensor, class_name: str | Sequence[str] | None = None) -> InferenceBatch:
         """Scores, labels, maps and masks of images as a camera gives them.
 
         Args:
             batch: ``(B, 3, H, W)``, float in ``[0, 1]``, any size.
-            *args: Ignored, as in anomalib.
-            **kwargs: Ignored, as in anomalib.
+            class_name: The class of all images, or of each; not needed for a model of one class.
 
         Returns:
             ``pred_score`` and ``pred_label`` ``(B,)``, ``anomaly_map`` and ``pred_mask`` at the model's image size.
+
+        Raises:
+            ValueError: The batch has another shape, or the classes are missing or unknown.
         """
         if not torch.compiler.is_compiling():
             if batch.ndim != 4 or batch.shape[1] != 3:
                 msg = f"`batch` must be (B, 3, H, W), got {tuple(batch.shape)}."
                 raise ValueError(msg)
             self._make_ready()
-        return super().forward(batch, *args, **kwargs)
+        class_index = self._rows_of(class_name, len(batch))
+        images = batch if self.tile_size is not None or not self.pre_processor else self.pre_processor(batch)
+        predictions = self._infer(images, class_index)
+        if isinstance(self.post_processor, AprilGANPostProcessor):
+            predictions = self.post_processor(predictions, class_index)
+        elif self.post_processor:
+            predictions = self.post_processor(predictions)
+        return predictions
+
+    def _infer(self, images: Tensor, class_index: Tensor | None) -> InferenceBatch:
+        """Raw scores and maps of prepared images; in tiled mode of images as they are, one after the other."""
+        if self.tile_size is None:
+            return cast("InferenceBatch", self.model(images, class_index))
+        pre_process: nn.Module = self.pre_processor or nn.Identity()
+        scores, maps = [], []
+        for number, image in enumerate(images):
+            index = None if class_index is None else class_index[number]
+
+            def score(tiles: Tensor, index: Tensor | None = index) -> tuple[Tensor, Tensor]:
+                out = self.model(pre_process(tiles), None if index is None else index.expand(len(tiles)))
+                return out.pred_score, out.anomaly_map
+
+            one, anomaly_map = run_tiled(image, self.tile_size, self.tile_overlap, _TILES_AT_ONCE, score)
+            scores.append(one)
+            maps.append(anomaly_map)
+        # No copy of the map of a single large image.
+        return InferenceBatch(torch.stack(scores), None, maps[0][None] if len(maps) == 1 else torch.stack(maps), None)
 
     def training_step(self, batch: ImageBatch) -> Tensor:
-        """Focal and dice loss of the adapters on a batch with masks."""
-        if batch.gt_mask is None:
-            msg = "Training adapters needs masks (`gt_mask`), and this batch has none."
+        """Focal and dice loss of the adapters on a batch with masks; where there are none, that of the labels."""
+        mask = _mask_of(batch)
+        if mask is None:
+            msg = (
+                "Training adapters needs masks (`gt_mask`), and this batch has none. To train on images with labels "
+                "alone, wrap their datamodule: `anomalib_aprilgan.data.AuxiliaryData(datamodules=[...])`."
+            )
             raise ValueError(msg)
-        mask = _plain(batch.gt_mask)
         self._saw_defect = self._saw_defect or bool(mask.any())
-        loss = adapter_loss(self.model.stage_probabilities(_plain(batch.image), self._class_index(batch)), mask)
+        loss = partial_adapter_loss(self.model.stage_probabilities(_plain(batch.image), self._class_index(batch)), mask)
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
         return loss
 
     def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
         """Predictions, from which the post-processor learns; while fitting also the loss, to be monitored."""
-        predictions, probabilities = self.model.infer(_plain(batch.image), self._class_index(batch))
-        if self._fitting and batch.gt_mask is not None:
-            loss = adapter_loss(probabilities, _plain(batch.gt_mask))
+        if not self._fitting:
+            return self._predictions(batch)
+        predictions, probabilities = self.model.infer(_plain(batch.image), self._class_index(batch, note=True))
+        mask = _mask_of(batch)
+        if mask is not None:
+            loss = partial_adapter_loss(probabilities, mask)
             self.log("val_loss", loss, prog_bar=True, batch_size=batch.batch_size, sync_dist=True)
         return cast("STEP_OUTPUT", batch.update(**predictions._asdict()))
 
@@ -354,14 +444,44 @@ class AprilGAN(AnomalibModule):
         return self._predictions(batch)
 
     def _predictions(self, batch: ImageBatch) -> STEP_OUTPUT:
-        predictions = self.model(_plain(batch.image), self._class_index(batch))
+        predictions = self._infer(_plain(batch.image), self._class_index(batch, note=True))
         return cast("STEP_OUTPUT", batch.update(**predictions._asdict()))
 
-    def _class_index(self, batch: ImageBatch) -> Tensor | None:
-        class_names = getattr(batch, "class_name", None)
-        if len(self.model.class_names) == 1 or class_names is None:
+    def _class_index(self, batch: ImageBatch, *, note: bool = False) -> Tensor | None:
+        """Row of the class of every image; ``note`` leaves it on the batch, for thresholds and metrics by class."""
+        if len(self.model.class_names) == 1:
             return None
-        return self.model.class_index(class_names)
+        names = getattr(batch, "class_name", None)
+        if names is None:
+            # While predicting, the trainer's datamodule may be the one of an earlier test.
+            category = None if self.trainer.predicting else getattr(self._datamodule, "category", None)
+            paths = batch.image_path or [""] * batch.batch_size
+            known = self.model.class_names
+            names = [category if category in known else class_of_file(path, known) for path in paths]
+        index = self._rows_of_classes(names)
+        if note:
+            batch.class_index = index  # type: ignore[attr-defined]
+        return index
+
+    def _rows_of(self, class_name: str | Sequence[str] | None, number: int) -> Tensor | None:
+        """Rows of the classes that a caller names for so many images."""
+        if len(self.model.class_names) == 1:
+            return None
+        names = self.default_class if class_name is None else class_name
+        if names is None:
+            return None  # the model says what is missing
+        return self._rows_of_classes([names] * number if isinstance(names, str) else names)
+
+    def _rows_of_classes(self, names: Sequence[str]) -> Tensor:
+        known = self.model.class_names
+        unknown = sorted({name for name in names if name not in known})
+        if unknown and self.default_class is None:
+            msg = (
+                f"{unknown[0]} is of none of the classes {known}. Name the folder of the images after the class, or "
+                "set `default_class` to the class of all such images."
+            )
+            raise ValueError(msg)
+        return self.model.class_index([name if name in known else cast("str", self.default_class) for name in names])
 
     # -- checkpoints and export ---------------------------------------------------------------------
 
@@ -383,6 +503,8 @@ class AprilGAN(AnomalibModule):
         state_dict = checkpoint["state_dict"]
         learned = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.preparation.from_checkpoint(self.model, checkpoint[CHECKPOINT_KEY], learned)
+        if isinstance(self.post_processor, AprilGANPostProcessor):
+            self.post_processor.set_classes(self.model.class_names)
         if self.model.has_backbone:
             backbone = self.model.backbone.state_dict()
             state_dict.update({f"{_BACKBONE_PREFIX}{name}": value for name, value in backbone.items()})
@@ -421,14 +543,46 @@ class AprilGAN(AnomalibModule):
     @contextmanager
     def _ready_for_export(self) -> Iterator[None]:
         """Text features and banks inside, the text tower outside."""
+        if self.tile_size is not None:
+            msg = (
+                "`tile_size` cannot be exported: the tiles depend on the image. Export without it, and run the "
+                "exported model on tiles with `anomalib_aprilgan.tiling.run_tiled`."
+            )
+            raise RuntimeError(msg)
         self.preparation.attach_backbone(self.model, self._target_device)
         self._prepare("export")
         backbone = self.model.backbone
         text, backbone.text = backbone.text, None
         try:
-            yield
+            with self._one_class():
+                yield
         finally:
             backbone.text = text
+
+    @contextmanager
+    def _one_class(self) -> Iterator[None]:
+        """A graph has one input, the image: it is of one class, and anomalib's inferencers can run it."""
+        known = self.model.class_names
+        if len(known) == 1:
+            yield
+            return
+        if self.default_class is None:
+            msg = f"An exported model is of one class: set `default_class` to one of {known}, and export once for each."
+            raise ValueError(msg)
+        number, post_processor = known.index(self.default_class), self.post_processor
+        if isinstance(post_processor, AprilGANPostProcessor):
+            self.post_processor = post_processor.of_class(number)
+        try:
+            with self.model.only(number):
+                yield
+        finally:
+            self.post_processor = post_processor
+
+
+def _mask_of(batch: ImageBatch) -> Tensor | None:
+    """``(B, H, W)`` masks of a batch, ``UNKNOWN`` where only the label is known; ``None`` where it tells neither."""
+    mask = batch.gt_mask if batch.gt_mask is not None else getattr(batch, "partial_mask", None)
+    return None if mask is None else _plain(mask)
 
 
 def _plain(tensor: Any) -> Tensor:  # noqa: ANN401  # torchvision's subclasses carry no types
@@ -444,13 +598,16 @@ def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _plain_references(references: References | None) -> str | list[str] | None:
+def _plain_references(references: References | None) -> dict[str, str | list[str]] | list[str] | str | None:
     if references is None or isinstance(references, (str, os.PathLike)):
         return None if references is None else str(references)
+    if isinstance(references, Mapping):
+        plain = {str(name): _plain_references(given) for name, given in references.items()}
+        return cast("dict[str, str | list[str]]", plain)
     return [str(reference) for reference in references]
 
 
-def _check_few_shot(k_shot: int, references: str | list[str] | None) -> None:
+def _check_few_shot(k_shot: int, references: References | None) -> None:
     if k_shot < 0:
         msg = f"`k_shot` must be 0 (zero-shot) or more, got {k_shot}."
         raise ValueError(msg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,11 @@ class MemoryBank(nn.Module):
         """
         self.tokens = F.normalize(torch.stack([tokens.detach().float() for tokens in patch_tokens]), dim=-1)
 
-    def stages(self, *, without: int | None = None) -> list[list[Tensor]]:
+    def stages(self, *, without: Collection[int] = ()) -> list[list[Tensor]]:
         """The remembered patches of every stage, image by image.
 
         Args:
-            without: Index of a remembered image to hold out.
+            without: Indices of remembered images to hold out.
 
         Returns:
             Per stage a list of ``(L, C)`` tensors in fp32, unit rows.
@@ -48,5 +48,5 @@ class MemoryBank(nn.Module):
         if self.k_shot == 0:
             msg = "The memory bank is empty: call `AprilGAN.setup` with `references` or a datamodule first."
             raise RuntimeError(msg)
-        kept = [shot for shot in range(self.k_shot) if shot != without]
+        kept = [shot for shot in range(self.k_shot) if shot not in without]
         return [[stage[shot].float() for shot in kept] for stage in self.tokens]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -30,6 +31,9 @@ class AprilGANPostProcessor(PostProcessor):
     images of the class; here they are learned in validation, which is the same where the
     validation set is the test set (anomalib's default), and set beforehand otherwise, so that an
     image can be scored alone.
+
+    For a model of several classes there is one of these per class (:meth:`set_classes`); batches are taken
+    apart by their ``class_index`` and put together again.
 
     Args:
         map_limit: Highest value a map can be expected to take.
@@ -57,12 +61,47 @@ class AprilGANPostProcessor(PostProcessor):
             pixel_sensitivity=pixel_sensitivity,
         )
         self.fuse_map_maximum = fuse_map_maximum
+        self.class_names: tuple[str, ...] = ()
+        self.by_class = nn.ModuleList()  # empty for one class
+        self._map_limit = map_limit
         self._validation_scores = _ScoreStore()
         self.register_buffer("map_maximum_min", torch.tensor(0.0))
         self.register_buffer("map_maximum_max", torch.tensor(float(map_limit)))
         self.map_maximum_min: Tensor
         self.map_maximum_max: Tensor
         self.set_defaults(map_limit)
+
+    def set_classes(self, class_names: Sequence[str]) -> None:
+        """Have bounds and thresholds for these classes.
+
+        A class that was there before keeps its own; so does the only class where it gets another name.
+
+        Args:
+            class_names: ``N`` names, in the order of the model's.
+        """
+        class_names = tuple(class_names)
+        if class_names == self.class_names or (len(class_names) == 1 and not self.by_class):
+            self.class_names = class_names
+            return
+        before = {name: _learned(self.of_class(number)) for number, name in enumerate(self.class_names)}
+        if len(class_names) == 1:
+            self.by_class = nn.ModuleList()
+            self.set_defaults(self._map_limit)
+            _take(self, before.get(class_names[0], {}))
+        else:
+            parts = [AprilGANPostProcessor(self._map_limit).to(self.image_min.device) for _ in class_names]
+            for name, part in zip(class_names, parts, strict=True):
+                _take(part, before.get(name, {}))
+            self.by_class = nn.ModuleList(parts)
+        self.class_names = class_names
+
+    def of_class(self, number: int) -> AprilGANPostProcessor:
+        """Bounds and thresholds of a class, by its place in ``class_names``."""
+        if not self.by_class:
+            return self
+        part = cast("AprilGANPostProcessor", self.by_class[number])
+        part.load_checkpoint_config(self.checkpoint_config())  # the switches are those of the whole
+        return part
 
     def set_defaults(self, map_limit: float, held_out_maxima: Tensor | None = None) -> None:
         """Bounds and thresholds for the case that no validation data will tell better ones.
@@ -72,6 +111,7 @@ class AprilGANPostProcessor(PostProcessor):
             held_out_maxima: ``(K,)`` map maxima of good parts: the lowest bounds the map maximum from below,
                 and pixels are cut above the highest.
         """
+        self._map_limit = map_limit
         defaults = {
             "image_min": 0.0,
             "_image_threshold": 0.5,
@@ -104,8 +144,19 @@ class AprilGANPostProcessor(PostProcessor):
         """
         return self._fuse_maximum(text_probability, anomaly_map.flatten(1).amax(dim=1))
 
-    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
-        """Fused, scaled and thresholded predictions."""
+    def forward(self, predictions: InferenceBatch, class_index: Tensor | None = None) -> InferenceBatch:
+        """Fused, scaled and thresholded predictions.
+
+        Args:
+            predictions: Raw scores ``(B,)`` and maps ``(B, H, W)``.
+            class_index: ``(B,)`` places in ``class_names``; not needed for one class.
+        """
+        if self.by_class:
+            parts = [
+                (rows, part(InferenceBatch(*(None if value is None else value[rows] for value in predictions))))
+                for part, rows in self._routes(class_index)
+            ]
+            return InferenceBatch(**_together(parts))
         if self.fuse_map_maximum:
             predictions = predictions._replace(pred_score=self.fuse(*_text_and_map(predictions)))
         return super().forward(predictions)
@@ -119,6 +170,10 @@ class AprilGANPostProcessor(PostProcessor):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Collect what the bounds and thresholds are learned from."""
+        if self.by_class:
+            for part, rows in self._routes(_class_index_of(outputs)):
+                part.on_validation_batch_end(trainer, pl_module, _rows_of(outputs, rows))
+            return
         if not self.fuse_map_maximum:
             super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
             return
@@ -130,6 +185,8 @@ class AprilGANPostProcessor(PostProcessor):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn the bounds of the map maximum first: the fused scores need them."""
+        for number in range(len(self.by_class)):
+            self.of_class(number).on_validation_epoch_end(trainer, pl_module)
         if self._validation_scores.update_called:
             text_probability, map_maximum, label = self._validation_scores.compute()
             self._validation_scores.reset()
@@ -146,9 +203,25 @@ class AprilGANPostProcessor(PostProcessor):
 
     def post_process_batch(self, batch: Batch[Any]) -> None:
         """Fuse, scale and threshold a batch in place (test and predict)."""
+        if self.by_class:
+            parts = []
+            for part, rows in self._routes(_class_index_of(batch)):
+                parts.append((rows, _rows_of(batch, rows)))
+                part.post_process_batch(parts[-1][1])
+            for name, value in _together(parts).items():
+                setattr(batch, name, value)
+            return
         if self.fuse_map_maximum:
             batch.pred_score = self.fuse(*_text_and_map(batch))
         super().post_process_batch(batch)
+
+    def _routes(self, class_index: Tensor | None) -> Iterator[tuple[AprilGANPostProcessor, Tensor]]:
+        """For every class of a batch its bounds and thresholds and its rows."""
+        if class_index is None:
+            msg = f"`class_index` is needed to choose among the classes {self.class_names}, got None."
+            raise ValueError(msg)
+        for number in sorted(set(class_index.tolist())):
+            yield self.of_class(number), (class_index == number).nonzero().flatten()
 
     def _fuse_maximum(self, text_probability: Tensor, map_maximum: Tensor) -> Tensor:
         span = self.map_maximum_max - self.map_maximum_min
@@ -189,6 +262,37 @@ def scale_between(values: Tensor, low: Tensor, threshold: Tensor, high: Tensor) 
     beyond = 0.5 - TAIL / (1.0 + (0.5 - TAIL) / TAIL * (distance - 1.0).clamp(min=0.0))
     half = torch.where(distance <= 1.0, inside, beyond)
     return torch.where(offset < 0, 0.5 - half, 0.5 + half)
+
+
+def _learned(part: nn.Module) -> dict[str, Tensor]:
+    """The bounds and thresholds of one class."""
+    return {name: value.clone() for name, value in part.named_buffers(recurse=False)}
+
+
+def _take(part: nn.Module, learned: Mapping[str, Tensor]) -> None:
+    for name, value in learned.items():
+        getattr(part, name).copy_(value)
+
+
+_PREDICTIONS = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+
+
+def _class_index_of(batch: Batch[Any]) -> Tensor | None:
+    """The rows of the classes that :class:`AprilGAN`'s steps note on a batch."""
+    return getattr(batch, "class_index", None)
+
+
+def _rows_of(batch: Batch[Any], rows: Tensor) -> Any:  # noqa: ANN401  # has a batch's fields
+    """Some images of a batch, with the fields that bounds, thresholds and metrics are about."""
+    fields = {name: getattr(batch, name, None) for name in (*_PREDICTIONS, "gt_label", "gt_mask")}
+    return SimpleNamespace(**{name: None if value is None else value[rows] for name, value in fields.items()})
+
+
+def _together(parts: Sequence[tuple[Tensor, Any]]) -> dict[str, Tensor | None]:
+    """Predictions of a batch from those of its classes, in the order of the batch."""
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    values = {name: [getattr(part, name) for _, part in parts] for name in _PREDICTIONS}
+    return {name: None if given[0] is None else torch.cat(given)[order] for name, given in values.items()}
 
 
 def _text_and_map(predictions: Batch[Any] | InferenceBatch) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .backbone import ClipArchitecture, load_clip
 from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolve_adapters
-from .prompts import PromptEnsemble
-from .references import References, ReferenceSource, contents_of, read_reference
+from .prompts import ALIASES, PromptEnsemble
+from .references import References, ReferenceSource, contents_of, read_reference, references_of_class
+from .tiling import tile_positions
 from .torch_model import AprilGANModel
 
 logger = logging.getLogger(__name__)
@@ -29,15 +30,17 @@ class Preparation:
         architecture: The CLIP to build.
         pretrained: Its weights: file or open_clip tag.
         adapters: The user's choice; ``None`` for fresh ones.
-        class_name: The user's name of the object; else the datamodule's.
+        class_names: The user's names: classes, and the words that stand for each in the prompts; else the datamodule's.
         prompts: States and templates.
+        class_aliases: Whether names without words of their own are looked up among :data:`prompts.ALIASES`.
         k_shot: Number of references.
         references: The user's references; else the datamodule's training images.
         seed: Seed of their draw.
+        tile_size: Side of the tiles that references are cut into; ``None`` for whole ones.
 
     Attributes:
         provenance: What the adapters were trained on and for.
-        reference_paths: The references that the memory bank remembers.
+        reference_paths: By class, the references that its memory bank remembers.
     """
 
     def __init__(
@@ -45,26 +48,31 @@ class Preparation:
         architecture: ClipArchitecture,
         pretrained: str,
         adapters: str | None,
-        class_name: str | None,
+        class_names: Mapping[str, str] | None,
         prompts: PromptEnsemble,
+        class_aliases: bool,
         k_shot: int,
         references: References | None,
         seed: int,
+        tile_size: int | None = None,
     ) -> None:
         self.architecture = architecture
         self.pretrained = pretrained
         self.adapters = adapters
-        self.class_name = class_name
+        self.class_names = class_names
         self.prompts = prompts
+        self.class_aliases = class_aliases
         self.k_shot = k_shot
         self.references = references
         self.seed = seed
+        self.tile_size = tile_size
         self.provenance = Provenance()
-        self.reference_paths: list[str] = []
+        self.reference_paths: dict[str, list[str]] = {}
         self._adapter_source: str | None = None
-        self._restored_reference_key: list[str] | None = None
-        self._reference_key: list[str] | None = None
-        self._reference_contents: list[str] | None = None
+        # By class: what was drawn, and the files' state; none of the latter for what a checkpoint brought.
+        self._reference_keys: dict[str, list[str]] = {}
+        self._reference_contents: dict[str, list[str]] = {}
+        self._words: dict[str, str] = {}
         self._fingerprint: str | None = None
         self._encode_anew = False
 
@@ -111,17 +119,22 @@ class Preparation:
             datamodule: Tells the names where the user gave none.
             single: Whether the images to come do not tell their class (prediction, export).
         """
-        names = self._class_names(model, datamodule, single=single)
-        if names == model.class_names and not self._encode_anew:
+        words = self._class_words(model, datamodule, single=single)
+        if words == self._words and tuple(words) == model.class_names and not self._encode_anew:
             return
         known = {} if self._encode_anew else dict(zip(model.class_names, model.text_features, strict=True))
         self._encode_anew = False
         features = [
-            known[name] if name in known else model.backbone.encode_states(*self.prompts.sentences(name))
-            for name in names
+            known[name]
+            if name in known and self._words.get(name) == said
+            else model.backbone.encode_states(*self.prompts.of_class(name).sentences(said))
+            for name, said in words.items()
         ]
-        model.set_classes(names, torch.stack(features))
-        logger.info("Class names in the prompts: %s", ", ".join(names))
+        if len(words) == len(model.class_names) == 1:
+            self._rename(model.class_names[0], *words)
+        model.set_classes(tuple(words), torch.stack(features))
+        self._words = words
+        logger.info("Class names in the prompts: %s", ", ".join(words.values()))
 
     def fill_memory_bank(
         self,
@@ -130,54 +143,99 @@ class Preparation:
         pre_processor: nn.Module | None,
         *,
         optional: bool,
-    ) -> Tensor | None:
-        """Remember the references, unless they are remembered already.
+    ) -> dict[int, Tensor]:
+        """Remember the references of every class, unless they are remembered already.
 
         Args:
-            model: Its bank is filled.
+            model: Its banks are filled.
             datamodule: Tells the references where the user gave none.
             pre_processor: From images as they are to CLIP's input.
             optional: Whether there may be none (a validation without data).
 
         Returns:
-            Where the bank was filled anew, what :meth:`AprilGANModel.remember` returned; else ``None``.
+            For every class whose bank was filled anew, by its row, what :meth:`AprilGANModel.remember` returned.
 
         Raises:
             FileNotFoundError: A reference is missing.
-            ValueError: There are no references, too few, or an unreadable one.
+            ValueError: A class has no references, too few, or an unreadable one.
         """
         if not self.k_shot:
-            return None
-        source = ReferenceSource(self.k_shot, self.seed, self.references, datamodule)
+            return {}
+        filled = {}
+        for number, name in enumerate(model.class_names):
+            held_out_maxima = self._fill_one(model, number, name, datamodule, pre_processor, optional=optional)
+            if held_out_maxima is not None:
+                filled[number] = held_out_maxima
+        return filled
+
+    def _fill_one(
+        self,
+        model: AprilGANModel,
+        number: int,
+        name: str,
+        datamodule: AnomalibDataModule | None,
+        pre_processor: nn.Module | None,
+        *,
+        optional: bool,
+    ) -> Tensor | None:
+        bank = model.memory_bank(number)
+        source = self._reference_source(name, model.class_names, datamodule)
         if not source.is_available:
-            if model.memory_bank.k_shot or optional:
+            if bank.k_shot or optional:
                 return None
             msg = (
-                f"`k_shot={self.k_shot}` needs normal images: pass `references`, or a datamodule with training images."
+                f"`k_shot={self.k_shot}` needs normal images of {name!r}: pass `references`, or a datamodule with "
+                "training images."
             )
             raise ValueError(msg)
-        class_names = getattr(datamodule, "class_names", ())
-        if len(class_names) > 1 and self.class_name is None:
-            msg = (
-                f"`k_shot={self.k_shot}`: a memory bank holds one class, the datamodule has {class_names}. "
-                "Inspect one class at a time."
-            )
-            raise ValueError(msg)
-        filled = model.memory_bank.k_shot > 0
-        if filled and source.key == self._restored_reference_key:
+        remembered = bank.k_shot > 0 and source.key == self._reference_keys.get(name)
+        if remembered and name not in self._reference_contents:
             return None  # the checkpoint's: its images may be long gone
         chosen = source.draw()
         contents = contents_of(chosen)
-        if filled and contents == self._reference_contents:
+        if bank.k_shot and contents == self._reference_contents.get(name):
             return None
         pre_process = pre_processor or nn.Identity()
-        images = torch.cat([pre_process(read_reference(file).to(model.text_features.device)) for file in chosen])
-        held_out_maxima = model.remember(images)
-        self._restored_reference_key = None
-        self._reference_key, self._reference_contents = source.key, contents
-        self.reference_paths = [str(file) for file in chosen]
-        logger.info("References: %s", ", ".join(self.reference_paths))
+        pictures = [pre_process(self._tiles_of(read_reference(file).to(model.text_features.device))) for file in chosen]
+        held_out_maxima = model.remember(torch.cat(pictures), number, [len(tiles) for tiles in pictures])
+        self._reference_keys[name], self._reference_contents[name] = source.key, contents
+        self.reference_paths[name] = [str(file) for file in chosen]
+        logger.info("References of %s: %s", name, ", ".join(self.reference_paths[name]))
         return held_out_maxima
+
+    def _reference_source(
+        self, name: str, class_names: Sequence[str], datamodule: AnomalibDataModule | None
+    ) -> ReferenceSource:
+        """Where the references of a class come from."""
+        if self.references is not None:
+            given = references_of_class(self.references, name, class_names)
+            return ReferenceSource(self.k_shot, self.seed, given, datamodule)
+        tells = getattr(datamodule, "class_names", None)
+        own = len(class_names) == 1 or (name in tells if tells else getattr(datamodule, "category", None) == name)
+        return ReferenceSource(
+            self.k_shot, self.seed, None, datamodule if own else None, name if tells and name in tells else None
+        )
+
+    def _tiles_of(self, picture: Tensor) -> Tensor:
+        """``(T, 3, H, W)``: the picture ``(1, 3, H, W)``, or its tiles side by side."""
+        if self.tile_size is None:
+            return picture
+        height, width = min(self.tile_size, picture.shape[-2]), min(self.tile_size, picture.shape[-1])
+        corners = tile_positions(picture.shape[-2], picture.shape[-1], self.tile_size, 0.0)
+        return torch.cat([picture[..., top : top + height, left : left + width] for top, left in corners])
+
+    def _rename(self, before: str, after: str) -> None:
+        """The only class has another name now: its references are the same."""
+        if before == after:
+            return
+        by_class: tuple[dict[str, list[str]], ...] = (
+            self.reference_paths,
+            self._reference_keys,
+            self._reference_contents,
+        )
+        for entries in by_class:
+            if before in entries:
+                entries[after] = entries.pop(before)
 
     def note_training(self, model: AprilGANModel, datamodule: AnomalibDataModule | None) -> None:
         """Write down what the adapters will have seen, beside what they have seen before."""
@@ -200,13 +258,13 @@ class Preparation:
     def to_checkpoint(self, model: AprilGANModel) -> dict[str, Any]:
         """Plain data that a checkpoint needs beside the tensors."""
         return {
-            "class_names": list(model.class_names),
+            "class_names": {name: self._words.get(name, name) for name in model.class_names},
             "fingerprint": model.backbone.fingerprint if model.has_backbone else self._fingerprint,
             "clip": self._clip_settings(model),
-            "prompts": self._prompt_lists(),
+            "prompts": self.prompts.to_dict(),
             "provenance": self.provenance.to_dict(),
             "references": self.reference_paths,
-            "reference_key": self._restored_reference_key or self._reference_key,
+            "reference_keys": self._reference_keys,
         }
 
     def from_checkpoint(
@@ -236,33 +294,42 @@ class Preparation:
         prefix = "adapters."
         adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         check_shapes(adapters, model.adapters.state_dict(), "the checkpoint")
-        model.set_classes(learned["class_names"], torch.empty_like(state_dict["text_features"]))
-        model.memory_bank.tokens = torch.empty_like(state_dict["memory_bank.tokens"])
-        if model.memory_bank.k_shot != self.k_shot:
-            logger.warning(
-                "The checkpoint remembers %s references; `k_shot` is %s.", model.memory_bank.k_shot, self.k_shot
-            )
-        self._encode_anew = learned["prompts"] != self._prompt_lists()
+        self._words = dict(learned["class_names"])
+        model.set_classes(tuple(self._words), torch.empty_like(state_dict["text_features"]))
+        for number in range(len(self._words)):
+            bank = model.memory_bank(number)
+            bank.tokens = torch.empty_like(state_dict[f"memory_banks.{number}.tokens"])
+        self._encode_anew = learned["prompts"] != self.prompts.to_dict()
         self.provenance = Provenance.from_dict(learned["provenance"])
         self.reference_paths = learned["references"]
-        self._restored_reference_key = learned["reference_key"]
+        for name, paths in self.reference_paths.items():
+            if len(paths) != self.k_shot:
+                logger.warning(
+                    "The checkpoint remembers %s references of %s; `k_shot` is %s.", len(paths), name, self.k_shot
+                )
+        self._reference_keys = learned["reference_keys"]
+        self._reference_contents = {}
         self._fingerprint = learned["fingerprint"]
         self._adapter_source = _FROM_CHECKPOINT
 
-    def _class_names(
+    def _class_words(
         self, model: AprilGANModel, datamodule: AnomalibDataModule | None, *, single: bool
-    ) -> tuple[str, ...]:
-        if self.class_name is not None:
-            return (self.class_name,)
+    ) -> dict[str, str]:
+        """The classes, and the words that stand for each in the prompts."""
+        if self.class_names is not None:
+            return {name: self._said(name) if name == said else said for name, said in self.class_names.items()}
         if datamodule is not None:
             class_names = getattr(datamodule, "class_names", None)
             if class_names and not single:
-                return tuple(class_names)
+                return {name: self._said(name) for name in class_names}
             if datamodule.category:
-                return (datamodule.category,)
+                return {datamodule.category: self._said(datamodule.category)}
         if len(model.class_names) == 1 or (model.class_names and not single):
-            return model.class_names  # what was encoded or restored before
-        return ("object",)
+            return {name: self._words.get(name, name) for name in model.class_names}  # encoded or restored before
+        return {"object": "object"}
+
+    def _said(self, name: str) -> str:
+        return ALIASES.get(name, name) if self.class_aliases else name
 
     def _clip_settings(self, model: AprilGANModel) -> dict[str, Any]:
         """What a checkpoint's tensors rest on: other settings would give other numbers without a word."""
@@ -271,7 +338,5 @@ class Preparation:
             "memory_stages": list(model.memory_stages),
             "quick_gelu": self.architecture.quick_gelu,
             "image_size": list(self.architecture.image_size),
+            "tile_size": self.tile_size if self.k_shot else None,  # banks remember tiles
         }
-
-    def _prompt_lists(self) -> dict[str, list[str]]:
-        return {name: list(entries) for name, entries in vars(self.prompts).items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Formatter
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,6 +67,19 @@ TEMPLATES = (
     "this is the {} in the scene.",
     "this is one {} in the scene.",
 )
+# Words for the categories of MVTec AD and VisA whose names are none. The published results use the names.
+ALIASES = {
+    "metal_nut": "metal nut",
+    "chewinggum": "chewing gum",
+    "fryum": "fried snack",
+    "macaroni1": "macaroni",
+    "macaroni2": "macaroni",
+    "pcb1": "printed circuit board",
+    "pcb2": "printed circuit board",
+    "pcb3": "printed circuit board",
+    "pcb4": "printed circuit board",
+    "pipe_fryum": "tubular fried snack",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class PromptEnsemble:
         normal: Phrases with one ``{}`` for the class name that describe a good part.
         anomalous: The same for a bad part.
         templates: Sentences with one ``{}`` for such a phrase.
+        classes: Classes with lists of their own.
 
     Raises:
         ValueError: A list is empty, or an entry has not exactly one ``{}``.
@@ -86,6 +102,7 @@ class PromptEnsemble:
     normal: tuple[str, ...] = NORMAL_STATES
     anomalous: tuple[str, ...] = ANOMALOUS_STATES
     templates: tuple[str, ...] = TEMPLATES
+    classes: Mapping[str, PromptEnsemble] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse entries that make no sentence."""
@@ -102,7 +119,8 @@ class PromptEnsemble:
     def from_file(cls, path: str | Path) -> PromptEnsemble:
         """States and templates from a YAML file with the keys ``normal``, ``anomalous``, ``templates``.
 
-        Keys that are absent keep the published lists.
+        Under ``classes`` classes can have lists of their own, with the same keys. Keys that are absent keep the
+        lists above, in the end the published ones.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -117,16 +135,25 @@ class PromptEnsemble:
         except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
             msg = f"`prompts`: {path} is not readable YAML: {error}"
             raise ValueError(msg) from error
-        known = tuple(field.name for field in fields(cls))
-        if not isinstance(content, dict) or not set(content) <= set(known):
-            found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-            msg = f"`prompts`: {path} must be a mapping with keys out of {known}, got {found}."
-            raise ValueError(msg)
-        for key, entries in content.items():
-            if not isinstance(entries, list):
-                msg = f"`prompts`: {key!r} in {path} must be a list of strings, got {type(entries).__name__}."
-                raise ValueError(msg)
-        return cls(**{str(key): tuple(entries) for key, entries in content.items()})
+        lists = _checked(content, str(path), ("normal", "anomalous", "templates", "classes"))
+        of_classes = lists.pop("classes", {})
+        common = cls(**_as_tuples(lists, str(path)))
+        classes = {}
+        for name, own in _checked(of_classes, f"classes in {path}", None).items():
+            where = f"classes.{name} in {path}"
+            classes[name] = replace(
+                common, **_as_tuples(_checked(own, where, ("normal", "anomalous", "templates")), where)
+            )
+        return replace(common, classes=classes)
+
+    def of_class(self, name: str) -> PromptEnsemble:
+        """The lists of a class: its own, else the common ones."""
+        return self.classes.get(name, self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, to tell whether sentences are still the same."""
+        lists: dict[str, Any] = {name: list(getattr(self, name)) for name in ("normal", "anomalous", "templates")}
+        return lists | {"classes": {name: own.to_dict() for name, own in self.classes.items()}}
 
     def sentences(self, class_name: str) -> tuple[list[str], list[str]]:
         """The normal and the anomalous sentences of a class, state by state, each in every template.
@@ -149,6 +176,23 @@ class PromptEnsemble:
         # str.replace and not str.format: a class name may itself hold braces.
         phrases = [state.replace("{}", class_name) for state in states]
         return [template.replace("{}", phrase) for phrase in phrases for template in self.templates]
+
+
+def _checked(content: object, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
+    """A mapping, with keys out of ``known``."""
+    if not isinstance(content, dict) or not (known is None or set(content) <= set(known)):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        msg = f"`prompts`: {where} must be a mapping with keys out of {known or 'the class names'}, got {found}."
+        raise ValueError(msg)
+    return {str(key): value for key, value in content.items()}
+
+
+def _as_tuples(lists: dict[str, Any], where: str) -> dict[str, Any]:
+    for key, entries in lists.items():
+        if not isinstance(entries, list):
+            msg = f"`prompts`: {key!r} in {where} must be a list of strings, got {type(entries).__name__}."
+            raise ValueError(msg)
+    return {key: tuple(entries) for key, entries in lists.items()}
 
 
 def _count_slots(entry: str) -> int:

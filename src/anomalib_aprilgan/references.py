@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.data.utils import get_image_filenames, read_image
-from PIL import UnidentifiedImageError
+from anomalib.data.utils import get_image_filenames
 from torch import Tensor
 
-References = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+from .data.reading import UnreadableImageError, read_picture
+
+OneClass = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+References = OneClass | Mapping[str, OneClass]
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class ReferenceSource:
         seed: Seed of the draw.
         given: The user's folder or list; else the training images of ``datamodule``.
         datamodule: anomalib's datamodule, where there is one.
+        class_name: Those of its training images that are of this class, where it tells classes apart.
     """
 
     k_shot: int
     seed: int
-    given: References | None
+    given: OneClass | None
     datamodule: AnomalibDataModule | None
+    class_name: str | None = None
 
     @property
     def is_available(self) -> bool:
@@ -42,7 +46,12 @@ class ReferenceSource:
         """The source in words."""
         if self.given is not None:
             return f"`references` {self.given}"
-        return f"the training images of {self._module.name} {self._module.category}".rstrip()
+        what = self.class_name if self._tells_classes else self._module.category
+        return f"the training images of {self._module.name} {what}".rstrip()
+
+    @property
+    def _tells_classes(self) -> bool:
+        return self.class_name is not None and "class_name" in self._module.train_data.samples
 
     @property
     def _module(self) -> AnomalibDataModule:
@@ -67,8 +76,33 @@ class ReferenceSource:
             files = list_references(self.given)
         else:
             samples = self._module.train_data.samples
+            if self._tells_classes:
+                samples = samples[samples.class_name == self.class_name]
             files = sorted(Path(path) for path in samples.image_path[samples.label_index == 0])
         return draw_references(files, self.k_shot, self.seed, self.name)
+
+
+def references_of_class(references: References, class_name: str, class_names: Sequence[str]) -> OneClass:
+    """What the user gave for one of several classes: an entry of a mapping, or the folder of that name.
+
+    Raises:
+        ValueError: There is nothing for it.
+    """
+    if isinstance(references, Mapping):
+        if class_name in references:
+            return references[class_name]
+        msg = f"`references` has nothing for the class {class_name!r}, only for {', '.join(references)}. Add it."
+        raise ValueError(msg)
+    if len(class_names) == 1:
+        return references
+    folder = Path(references).expanduser() / class_name if isinstance(references, (str, os.PathLike)) else None
+    if folder is None or not folder.is_dir():
+        msg = (
+            f"`references` must tell which images are of {class_name!r}: a mapping from {', '.join(class_names)} to "
+            f"folders, or one folder with a folder of each of these names; got {references!r}."
+        )
+        raise ValueError(msg)
+    return folder
 
 
 def contents_of(files: Sequence[Path]) -> list[str]:
@@ -120,14 +154,13 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
 
 
 def read_reference(file: Path) -> Tensor:
-    """One reference image, ``(1, 3, H, W)`` in ``[0, 1]``.
+    """One reference image, ``(1, 3, H, W)`` in ``[0, 1]``, read as :func:`~.data.reading.read_picture` does.
 
     Raises:
-        ValueError: It cannot be read.
+        UnreadableImageError: It cannot be read.
     """
     try:
-        image = read_image(file, as_tensor=True)
-    except (UnidentifiedImageError, OSError) as error:
-        msg = f"`references`: {file} cannot be read as an image ({error}). Replace or remove it."
-        raise ValueError(msg) from error
-    return torch.as_tensor(image).as_subclass(Tensor).unsqueeze(0)
+        return read_picture(file).unsqueeze(0)
+    except UnreadableImageError as error:
+        msg = f"`references`: {error}"
+        raise UnreadableImageError(msg, error.path) from error

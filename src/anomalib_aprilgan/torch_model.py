@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
+from typing import cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -19,12 +21,11 @@ class AprilGANModel(nn.Module):
     """Zero-shot and few-shot anomaly scores and maps from one vision pass per image.
 
     Text features are held per class name in the buffer ``text_features`` ``(N, D, 2)``, so that a
-    forward pass never needs the text tower. The frozen CLIP is attached later than the rest:
-    it is large, and not needed to hold, count or optimise what is learned.
+    forward pass never needs the text tower, and every class has a memory bank of its own. The frozen CLIP is
+    attached later than the rest: it is large, and not needed to hold, count or optimise what is learned.
 
     Args:
         adapters: One linear map per stage of ``stages``.
-        memory_bank: Remembered normal patches of ``memory_stages``; empty for zero-shot.
         stages: Tapped blocks of the zero-shot map, ascending, counted from 1.
         memory_stages: Tapped blocks of the memory bank, ascending, counted from 1.
     """
@@ -32,13 +33,12 @@ class AprilGANModel(nn.Module):
     def __init__(
         self,
         adapters: LinearAdapters,
-        memory_bank: MemoryBank,
         stages: Sequence[int],
         memory_stages: Sequence[int],
     ) -> None:
         super().__init__()
         self.adapters = adapters
-        self.memory_bank = memory_bank
+        self.memory_banks = nn.ModuleList()
         self.stages = tuple(stages)
         self.memory_stages = tuple(memory_stages)
         self.class_names: tuple[str, ...] = ()
@@ -70,12 +70,37 @@ class AprilGANModel(nn.Module):
     def set_classes(self, class_names: Sequence[str], text_features: Tensor) -> None:
         """Replace the classes.
 
+        A class that was there before keeps its memory bank; so does the only class where it gets another name.
+
         Args:
             class_names: ``N`` names.
             text_features: ``(N, D, 2)``, unit columns: normal, anomalous.
         """
+        renamed = len(self.class_names) == len(class_names) == 1
+        kept = dict(zip(class_names if renamed else self.class_names, self.memory_banks, strict=True))
+        self.memory_banks = nn.ModuleList([kept.get(name, MemoryBank()) for name in class_names])
         self.class_names = tuple(class_names)
         self.text_features = text_features
+
+    def memory_bank(self, number: int = 0) -> MemoryBank:
+        """The memory bank of a class, by its row of ``text_features``."""
+        return cast("MemoryBank", self.memory_banks[number])
+
+    @property
+    def is_few_shot(self) -> bool:
+        """Whether any class has references."""
+        return any(self.memory_bank(number).k_shot for number in range(len(self.memory_banks)))
+
+    @contextmanager
+    def only(self, number: int) -> Iterator[None]:
+        """The model of one of its classes, for as long as the context lasts."""
+        everything = self.class_names, self.text_features, self.memory_banks
+        self.class_names, self.text_features = self.class_names[number : number + 1], self.text_features[number, None]
+        self.memory_banks = self.memory_banks[number : number + 1]
+        try:
+            yield
+        finally:
+            self.class_names, self.text_features, self.memory_banks = everything
 
     def class_index(self, class_names: Sequence[str]) -> Tensor:
         """Rows of ``text_features`` for the class names of a batch.
@@ -115,8 +140,8 @@ class AprilGANModel(nn.Module):
         with _full_precision(images):
             probabilities = self._probability_maps(output, text_features, size)
             anomaly_map = _zero_shot_map(probabilities)
-            if self.memory_bank.k_shot:
-                anomaly_map = anomaly_map + self._memory_map(self._memory_tokens(output), size)
+            if self.is_few_shot:
+                anomaly_map = anomaly_map + self._memory_maps(self._memory_tokens(output), size, class_index)
             pred_score = text_probability(output.image_feature.float(), text_features)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map), probabilities
 
@@ -142,32 +167,41 @@ class AprilGANModel(nn.Module):
         return output
 
     @torch.no_grad()
-    def remember(self, images: Tensor) -> Tensor:
-        """Fill the memory bank with normal images, one vision pass each.
+    def remember(self, images: Tensor, number: int = 0, tiles: Sequence[int] | None = None) -> Tensor:
+        """Fill the memory bank of a class with normal images, one vision pass each.
 
         Args:
             images: ``(K, 3, H, W)``, resized and normalised.
+            number: Row of ``text_features``.
+            tiles: How many of the images, one after the other, are tiles of the same picture; else every image is a
+                picture.
 
         Returns:
-            Maximum of the few-shot map of every image, the image itself held out of the bank: ``(K,)``, or
-            empty where nothing can be held out (a single image) or the images may be of several classes.
+            Maximum of the few-shot map of every picture, the picture itself held out of the bank: one each, or
+            empty where nothing can be held out (a single picture).
         """
-        size = (images.shape[-2], images.shape[-1])
-        measurable = len(images) > 1 and len(self.class_names) == 1
+        size, bank = (images.shape[-2], images.shape[-1]), self.memory_bank(number)
+        ends = list(accumulate(tiles or [1] * len(images)))
+        pictures = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        text_features = self.text_features[number].float()
         tokens, zero_shot_maps = [], []
         for image in torch.split(images, 1):
             output = self.encode(image)
             tokens.append(self._memory_tokens(output))
-            if measurable:
+            if len(pictures) > 1:
                 with _full_precision(image):
-                    probabilities = self._probability_maps(output, self._text_features_of(None), size)
-                    zero_shot_maps.append(_zero_shot_map(probabilities))
-        self.memory_bank.fill([torch.cat(stage) for stage in zip(*tokens, strict=True)])
+                    zero_shot_maps.append(_zero_shot_map(self._probability_maps(output, text_features, size)))
+        bank.fill([torch.cat(stage) for stage in zip(*tokens, strict=True)])
+        if len(pictures) == 1:
+            return images.new_empty(0)
         maxima = [
-            (zero_shot_map + self._memory_map(tokens[shot], size, without=shot)).amax()
-            for shot, zero_shot_map in enumerate(zero_shot_maps)
+            max(
+                (zero_shot_maps[shot] + self._memory_map(tokens[shot], size, bank, without=picture)).amax()
+                for shot in picture
+            )
+            for picture in pictures
         ]
-        return torch.stack(maxima) if maxima else images.new_empty(0)
+        return torch.stack(maxima)
 
     @property
     def _tapped(self) -> list[int]:
@@ -183,9 +217,21 @@ class AprilGANModel(nn.Module):
         grid = self.backbone.architecture.grid
         return [text_probability_maps(text_logits(stage, text_features), grid, size) for stage in features]
 
-    def _memory_map(self, patch_tokens: list[Tensor], size: tuple[int, int], *, without: int | None = None) -> Tensor:
+    def _memory_maps(self, patch_tokens: list[Tensor], size: tuple[int, int], class_index: Tensor | None) -> Tensor:
+        """``(B, H, W)``: every image against the references of its class."""
+        if class_index is None or len(self.memory_banks) == 1:
+            return self._memory_map(patch_tokens, size, self.memory_bank())
+        maps = patch_tokens[0].new_zeros((len(class_index), *size), dtype=torch.float32)
+        for number in sorted(set(class_index.tolist())):
+            rows = class_index == number
+            maps[rows] = self._memory_map([tokens[rows] for tokens in patch_tokens], size, self.memory_bank(number))
+        return maps
+
+    def _memory_map(
+        self, patch_tokens: list[Tensor], size: tuple[int, int], bank: MemoryBank, *, without: Collection[int] = ()
+    ) -> Tensor:
         grid = self.backbone.architecture.grid
-        remembered = self.memory_bank.stages(without=without)
+        remembered = bank.stages(without=without)
         maps = [
             distance_map(nearest_normal_distance(tokens.float(), bank), grid, size)
             for tokens, bank in zip(patch_tokens, remembered, strict=True)

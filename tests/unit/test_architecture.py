@@ -9,6 +9,7 @@ import anomalib_aprilgan
 
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
 GROUND = (
+    "built_in",
     "prompts",
     "adapters",
     "memory_bank",
@@ -17,13 +18,16 @@ GROUND = (
     "weights",
     "pre_processing",
     "post_processing",
-    "references",
+    "evaluator",
+    "class_names",
+    "tiling",
 )
 # Floors from the ground up; a module imports from lower ones alone. The packages `data`, `evaluation` and
 # `drawn_clip` are one room each: inside them modules may import each other.
 FLOORS = [
-    (*GROUND, "data"),
-    ("pretrained",),
+    GROUND,
+    ("data",),
+    ("pretrained", "references"),
     ("backbone",),
     ("checkpoint",),
     ("torch_model",),
@@ -31,7 +35,8 @@ FLOORS = [
     ("lightning_model",),
     ("plugin",),
     ("__init__",),
-    ("evaluation", "drawn_clip"),
+    ("drawn_clip",),
+    ("evaluation",),
     ("quickstart",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -76,6 +76,21 @@ class TestFromFile:
             ["kaputte Mutter?", "ölige Mutter?"],
         )
 
+    def test_classes_have_lists_of_their_own(self, tmp_path: Path) -> None:
+        text = (
+            "templates: ['{}!']\n"
+            "classes:\n"
+            "  nut: {normal: ['shiny {}']}\n"
+            "  pin: {templates: ['{}?'], anomalous: ['bent {}']}\n"
+        )
+        ensemble = PromptEnsemble.from_file(write(tmp_path, text))
+        assert ensemble.of_class("nut").sentences("metal nut")[0] == ["shiny metal nut!"]
+        assert ensemble.of_class("nut").anomalous == ANOMALOUS_STATES
+        assert ensemble.of_class("pin").sentences("pin")[1] == ["bent pin?"]
+        assert ensemble.of_class("gear") is ensemble
+        assert ensemble.to_dict() == PromptEnsemble.from_file(write(tmp_path, text)).to_dict()
+        assert ensemble.to_dict() != PromptEnsemble(templates=("{}!",)).to_dict()
+
     def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"`prompts`: no file .*absent\.yaml\. Pass a YAML file"):
             PromptEnsemble.from_file(tmp_path / "absent.yaml")
@@ -93,6 +108,13 @@ class TestFromFile:
             ("anomalous: [7]\n", r"`prompts.anomalous` entries need exactly one '\{\}', got 7"),
             ("normal: '{}'\n", r"'normal' in .* must be a list of strings, got str"),
             ("normal:\n", r"'normal' in .* must be a list of strings, got NoneType"),
+            (
+                "classes: {nut: {state: ['{}']}}\n",
+                r"classes\.nut in .*must be a mapping with keys out of .*\['state'\]",
+            ),
+            ("classes: {nut: {normal: ['good part']}}\n", r"`prompts.normal` entries need exactly one '\{\}'"),
+            ("classes: [nut]\n", r"classes in .*must be a mapping with keys out of the class names, got list"),
+            ("classes: {nut: {classes: {}}}\n", r"classes\.nut in .*got \['classes'\]"),
             ("normal: ['${missing}']\n", r"`prompts.normal` entries need|is not readable YAML"),
         ],
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anomalib_aprilgan.data.reading import UnreadableImageError
 from anomalib_aprilgan.references import ReferenceSource, draw_references, list_references, read_reference
 
 
@@ -153,12 +154,19 @@ class TestRead:
     def test_unreadable(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"`references`: .*a\.png cannot be read as an image .*Replace or remove it"
+            UnreadableImageError, match=r"`references`: .*a\.png cannot be read as an image .*Replace or remove it"
         ):
             read_reference(tmp_path / "a.png")
 
     def test_truncated(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.png", 64, 64)
         path.write_bytes(path.read_bytes()[:2000])
-        with pytest.raises(ValueError, match=r"`references`: .*a\.png cannot be read as an image"):
+        with pytest.raises(UnreadableImageError, match=r"`references`: .*a\.png cannot be read as an image"):
             read_reference(path)
+
+    def test_sixteen_bits(self, tmp_path: Path) -> None:
+        """anomalib's reading of this is white."""
+        plain = read_reference(write(tmp_path / "a.png", mode="L"))
+        gray = np.array(Image.open(tmp_path / "a.png")).astype(np.uint16)
+        Image.fromarray(gray * 257).save(tmp_path / "b.png")
+        torch.testing.assert_close(read_reference(tmp_path / "b.png"), plain)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from anomalib_aprilgan.adapters import LinearAdapters
 from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
-from anomalib_aprilgan.memory_bank import MemoryBank
 from anomalib_aprilgan.torch_model import AprilGANModel
 
 CLASSES = ("bolt", "nut", "pill")
@@ -38,7 +37,7 @@ def build(small_clip: Any) -> Build:
     ) -> AprilGANModel:
         torch.manual_seed(0)
         adapters = LinearAdapters(len(stages), 64, 40)
-        model = AprilGANModel(adapters, MemoryBank(), stages, stages if memory_stages is None else memory_stages)
+        model = AprilGANModel(adapters, stages, stages if memory_stages is None else memory_stages)
         architecture = ClipArchitecture.load(str(small_clip.gelu), image_size, None)
         model.attach_backbone(load_clip(architecture, str(small_clip.weights)))
         model.set_classes(classes, text_features(len(classes)))
@@ -60,7 +59,7 @@ class TestForward:
         model = build((2, 4), image_size=(96, 64))
         assert model(images(2, 96, 64)).anomaly_map.shape == (2, 96, 64)
         model.remember(images(2, 96, 64, seed=1))
-        assert model.memory_bank.tokens.shape == (2, 2, 96, 64)
+        assert model.memory_bank().tokens.shape == (2, 2, 96, 64)
         assert model(images(2, 96, 64)).anomaly_map.shape == (2, 96, 64)
 
     def test_map_is_the_sum_of_the_anomalous_channels(self, build: Build) -> None:
@@ -104,18 +103,39 @@ class TestForward:
 
 
 class TestClasses:
-    def test_mixed_batch_equals_models_of_one_class(self, build: Build) -> None:
+    @pytest.mark.parametrize("shots", [0, 2])
+    def test_mixed_batch_equals_models_of_one_class(self, build: Build, shots: int) -> None:
         batch = images(4)
         model = build(classes=CLASSES)
+        references = [images(shots, seed=20 + number) for number in range(3)]
+        for number in range(3 if shots else 0):
+            model.remember(references[number], number)
         names = ["pill", "bolt", "pill", "nut"]
         index = model.class_index(names)
         assert index.tolist() == [2, 0, 2, 1]
         mixed = model(batch, index)
+        single = build()
         for number, name in enumerate(names):
-            model.set_classes([name], text_features(3)[[CLASSES.index(name)]])
-            alone = model(batch[number : number + 1])
+            single.set_classes([name], text_features(3)[[CLASSES.index(name)]])
+            if shots:
+                single.remember(references[CLASSES.index(name)])
+            alone = single(batch[number : number + 1])
             torch.testing.assert_close(mixed.anomaly_map[number], alone.anomaly_map[0], atol=1e-4, rtol=0)
             torch.testing.assert_close(mixed.pred_score[number], alone.pred_score[0], atol=1e-5, rtol=0)
+            with model.only(CLASSES.index(name)):
+                assert torch.equal(model(batch[number : number + 1]).anomaly_map, alone.anomaly_map)
+        assert model.class_names == CLASSES
+
+    def test_classes_keep_their_references_where_others_join(self, build: Build) -> None:
+        model = build(classes=CLASSES[:2])
+        for number in range(2):
+            model.remember(images(2, seed=number), number)
+        pill, nut = model.memory_bank(0), model.memory_bank(1)
+        model.set_classes(("nut", "gear", "bolt"), text_features(3))
+        assert [model.memory_bank(number) is bank for number, bank in ((0, nut), (2, pill))] == [True, True]
+        assert model.memory_bank(1).k_shot == 0
+        with pytest.raises(RuntimeError, match="memory bank is empty"):
+            model(images(1), torch.tensor([1]))
 
     def test_the_class_makes_a_difference(self, build: Build) -> None:
         model, batch = build(classes=CLASSES), images(1)
@@ -137,7 +157,7 @@ class TestClasses:
 
 class TestOrderOfCalls:
     def test_without_a_backbone(self) -> None:
-        model = AprilGANModel(LinearAdapters(1, 64, 40), MemoryBank(), (1,), (1,))
+        model = AprilGANModel(LinearAdapters(1, 64, 40), (1,), (1,))
         assert not model.has_backbone
         with pytest.raises(RuntimeError, match=r"no CLIP yet: call `AprilGAN\.setup\('predict'\)` first"):
             model(images(1))
@@ -175,7 +195,7 @@ class TestFewShot:
         model, batch, references = build(stages, memory_stages), images(2), images(3, seed=8)
         zero_shot = model(batch)
         model.remember(references)
-        assert model.memory_bank.k_shot == 3
+        assert model.memory_bank().k_shot == 3
         few_shot = model(batch)
         tapped = memory_stages or stages
         tokens, bank = (model.backbone(given, tapped).patch_tokens for given in (batch, references))
@@ -253,10 +273,12 @@ class TestPrecision:
 
 def test_state_dict_carries_what_was_learned(build: Build) -> None:
     model, other, batch = build(classes=CLASSES), build(classes=CLASSES), images(2)
-    model.remember(images(2, seed=8))
+    for number in range(3):
+        model.remember(images(2, seed=8 + number), number)
     other.set_classes(CLASSES, torch.empty_like(model.text_features))
-    other.memory_bank.tokens = torch.empty_like(model.memory_bank.tokens)
+    for number in range(3):
+        other.memory_bank(number).tokens = torch.empty_like(model.memory_bank(number).tokens)
     other.load_state_dict(model.state_dict())
     index = torch.tensor([2, 1])
     assert torch.equal(other(batch, index).anomaly_map, model(batch, index).anomaly_map)
-    assert {"text_features", "memory_bank.tokens", "adapters.fc.0.weight"} <= set(model.state_dict())
+    assert {"text_features", "memory_banks.2.tokens", "adapters.fc.0.weight"} <= set(model.state_dict())

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from ..adapters import LinearAdapters
 from ..backbone import ClipArchitecture, ClipBackbone, random_weights
-from ..memory_bank import MemoryBank
 from ..prompts import PromptEnsemble
 from ..torch_model import AprilGANModel
 
@@ -58,13 +57,13 @@ def _vision_candidates(backbone: ClipBackbone, stages: Sequence[int], k_shot: in
     models = {}
     for shots in (0, k_shot):
         adapters = LinearAdapters(len(stages), architecture.width, architecture.embed_dim)
-        model = AprilGANModel(adapters, MemoryBank(), stages, stages)
+        model = AprilGANModel(adapters, stages, stages)
         model.attach_backbone(backbone)
         features = torch.randn(1, architecture.embed_dim, 2, generator=generator)
         model.set_classes(["object"], torch.nn.functional.normalize(features, dim=1))
         if shots:
             patches = architecture.grid[0] * architecture.grid[1]
-            model.memory_bank.fill(
+            model.memory_bank().fill(
                 [torch.randn(shots, patches, architecture.width, generator=generator) for _ in stages]
             )
         models[shots] = model.eval()
