@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import built_in
 from .pretrained import find_pretrained
 from .weights import read_state_dict
 
@@ -326,7 +327,7 @@ def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...],
 
 
 def _read_config(backbone: str) -> dict[str, Any]:
-    path = Path(backbone).expanduser()
+    path = built_in.CONFIG if backbone == built_in.ARCHITECTURE else Path(backbone).expanduser()
     if path.suffix == ".json":
         if not path.is_file():
             msg = f"`backbone`: no model-config file {path}."
@@ -346,7 +347,7 @@ def _read_config(backbone: str) -> dict[str, Any]:
 
     config = open_clip.get_model_config(backbone)
     if config is None:
-        known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-"))
+        known = ", ".join(name for name in (built_in.ARCHITECTURE, *open_clip.list_models()) if name.startswith("ViT-"))
         msg = (
             f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. "
             f"Known: {known}."
@@ -363,7 +364,8 @@ def _load_weights(
 ) -> None:
     from open_clip.model import resize_pos_embed
 
-    state_dict = dict(state_dict)
+    # Files are often in half precision, in which positions cannot be resized on a CPU.
+    state_dict = {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
     if "logit_scale" in state_dict:
         state_dict["logit_scale"] = state_dict["logit_scale"].reshape(clip.logit_scale.shape)
     try:
@@ -411,9 +413,13 @@ def _find_pretrained(backbone: str, tag: str) -> Path:
     """File with the weights of an open_clip tag."""
     import open_clip
 
+    is_built_in = backbone == built_in.ARCHITECTURE
+    if is_built_in and tag == built_in.PRETRAINED:
+        return built_in.WEIGHTS
     config = open_clip.get_pretrained_cfg(backbone, tag)
     if not config:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(backbone)) or "none: pass a file"
+        known = [built_in.PRETRAINED] if is_built_in else open_clip.list_pretrained_tags_by_model(backbone)
+        tags = ", ".join(known) or "none: pass a file"
         msg = f"`pretrained` must be a weight file or a tag of {backbone} ({tags}), got {tag!r}."
         raise ValueError(msg)
     return find_pretrained(config.get("url", ""), config.get("hf_hub", ""), f"`pretrained={tag!r}`", backbone)

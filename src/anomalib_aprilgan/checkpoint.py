@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from . import built_in
 from .backbone import ClipArchitecture
 from .weights import AUTHORS_ADAPTERS, authors_adapters, read_state_dict, write_atomically
 
@@ -150,7 +151,8 @@ def resolve_adapters(adapters: str, target: str | None, architecture: ClipArchit
     """The source that ``adapters`` stands for: ``"mvtec"``, ``"visa"`` or the path of a file.
 
     Args:
-        adapters: What the user gave; ``"auto"`` chooses the authors' adapters that were not trained on the target.
+        adapters: What the user gave; ``"auto"`` chooses the authors' adapters that were not trained on the target,
+            and for the built-in CLIP the built-in ones.
         target: anomalib's name of the data set to be inspected, where there is one.
         architecture: The model's CLIP.
 
@@ -159,6 +161,8 @@ def resolve_adapters(adapters: str, target: str | None, architecture: ClipArchit
     """
     if adapters not in {"auto", *AUTHORS_ADAPTERS}:
         return adapters
+    if adapters == "auto" and architecture.name == built_in.ARCHITECTURE:
+        return str(built_in.ADAPTERS)
     if architecture.name not in AUTHORS_BACKBONES:
         msg = (
             f"`adapters={adapters!r}` were trained for the CLIP {AUTHORS_BACKBONES[0]}, the model has "

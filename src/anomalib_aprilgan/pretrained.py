@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from .built_in import HINT
 from .weights import WeightsUnavailableError, fetch, is_offline, verify_sha256
 
 # Names under which repositories of open_clip models keep their weights, best first.
@@ -46,7 +47,9 @@ def find_pretrained(url: str, hub: str, argument: str, backbone: str) -> Path:
             return target
     places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files]
     places += [f"{target}{damaged}"] if url else []
-    remedy = f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`."
+    remedy = (
+        f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`. {HINT}"
+    )
     if is_offline():
         msg = f"{argument}: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"
         raise WeightsUnavailableError(msg)

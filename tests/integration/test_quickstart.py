@@ -1,28 +1,50 @@
-"""The README's first run, shortened to two categories."""
+"""The README's first run, as it is typed."""
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
-from anomalib_aprilgan import quickstart
+from anomalib_aprilgan import built_in
 from anomalib_aprilgan.checkpoint import load_adapters
+from anomalib_aprilgan.drawn_clip.pretrain import UNSEEN_CATEGORIES
+from anomalib_aprilgan.quickstart import CATEGORY, METRICS, SHOTS, SHOWN_DEFECTS
 
 
-def test_quickstart_trains_inspects_and_leaves_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(quickstart, "TRAINING_CATEGORIES", ("tile", "gear"))
-    monkeypatch.chdir(tmp_path)
-    quickstart.main(["--root", str(tmp_path)])
-    _, provenance = load_adapters(tmp_path / "adapters.safetensors")
-    assert provenance.trained_on == {"DrawnInspection": ["tile", "gear"]}
-    output = capsys.readouterr().out
-    assert output.count("pixel_AUPRO") == 2
-    assert "NOT ZERO-SHOT" not in output
-    with Image.open(tmp_path / "heatmaps.png") as picture:
-        assert picture.width > 500
-    for setting in ("0-shot", "4-shot"):
-        assert len(list((tmp_path / setting).glob("**/images/**/*.png"))) == 56
+def _table(output: str) -> dict[str, dict[str, float]]:
+    rows = (line.split("│") for line in output.splitlines() if line.startswith("│"))
+    return {
+        name.strip(): dict(zip(METRICS, map(float, values[: len(METRICS)]), strict=True))
+        for _, name, *values in rows
+        if name.strip().endswith("-shot")
+    }
+
+
+def test_inspected_category_was_shown_to_nobody() -> None:
+    assert CATEGORY in UNSEEN_CATEGORIES
+    assert CATEGORY not in load_adapters(built_in.ADAPTERS)[1].trained_on["DrawnInspection"]
+
+
+def test_quickstart_detects_offline_and_leaves_pictures(tmp_path: Path) -> None:
+    command = Path(sys.executable).parent / "anomalib-aprilgan-quickstart"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    process = subprocess.run([command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "NOT ZERO-SHOT" not in process.stdout + process.stderr
+    # Kilobytes, of the largest process that the tests of this worker started.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000
+    table = _table(process.stdout)
+    assert list(table) == [f"{k_shot}-shot" for k_shot in SHOTS]
+    assert table["0-shot"]["pixel_AUROC"] > 0.85
+    assert table["0-shot"]["image_AUROC"] > 0.7
+    assert table["4-shot"]["pixel_AUPRO"] > table["0-shot"]["pixel_AUPRO"]
+    root = tmp_path / "results" / "quickstart"
+    with Image.open(root / "heatmaps.png") as picture:
+        assert picture.height > 100 * len(SHOWN_DEFECTS)
+    for k_shot in SHOTS:
+        assert len(list((root / f"{k_shot}-shot").glob("**/images/**/*.png"))) == 84

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anomalib_aprilgan import pretrained
+from anomalib_aprilgan import built_in, pretrained
 from anomalib_aprilgan.backbone import ClipArchitecture, ClipBackbone, image_statistics, load_clip
 from anomalib_aprilgan.weights import WeightsUnavailableError
 
@@ -372,6 +372,21 @@ class TestTags:
         with pytest.raises(ValueError, match=r"a tag of .*gelu\.json \(none: pass a file\), got 'openai'\."):
             load_clip(ClipArchitecture.load(str(small_clip.gelu), (64, 64), None), "openai")
 
+    @pytest.mark.parametrize(("backbone", "tag"), [("ViT-B-32", "drawn"), ("ViT-drawn-96", "openai")])
+    def test_the_built_in_clip_has_a_tag_of_its_own(self, backbone: str, tag: str) -> None:
+        tags = "drawn" if backbone == built_in.ARCHITECTURE else ".*openai.*"
+        with pytest.raises(ValueError, match=rf"a weight file or a tag of {backbone} \({tags}\), got '{tag}'\."):
+            load_clip(ClipArchitecture.load(backbone, (96, 96), None), tag)
+
+    def test_built_in_clip_is_an_ordinary_one(self) -> None:
+        by_name = ClipArchitecture.load(built_in.ARCHITECTURE, (128, 64), None)
+        by_file = ClipArchitecture.load(str(built_in.CONFIG), (128, 64), None)
+        assert by_name.config == by_file.config
+        clip, same = load_clip(by_name, built_in.PRETRAINED), load_clip(by_file, str(built_in.WEIGHTS))
+        assert clip.fingerprint == same.fingerprint
+        assert by_name.check_stages(built_in.STAGES) == built_in.STAGES
+        assert clip(torch.zeros(1, 3, 128, 64), [4]).patch_tokens[0].shape == (1, 16 * 8, 96)
+
     def test_offline_with_empty_caches_names_places_and_remedy(
         self, load: Callable[..., ClipBackbone], home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -384,6 +399,7 @@ class TestTags:
         assert "owner/clip/open_clip_model.safetensors in the Hugging Face cache" in text
         assert str(home / ".cache" / "clip" / "Tiny.pt") in text
         assert "`pretrained=/path/to/file`" in text
+        assert "`backbone='ViT-drawn-96'`, `pretrained='drawn'`, `image_size=96`, `stages=(3, 4)`" in text
 
     def test_published_tag_offline(self) -> None:
         with pytest.raises(

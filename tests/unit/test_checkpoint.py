@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anomalib_aprilgan import checkpoint
+from anomalib_aprilgan import built_in, checkpoint
 from anomalib_aprilgan.adapters import LinearAdapters
-from anomalib_aprilgan.backbone import ClipArchitecture
+from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.checkpoint import (
     AUTHORS_KEY,
     Provenance,
@@ -206,6 +206,16 @@ class TestChoice:
 
     def test_files_may_be_for_any_clip(self) -> None:
         assert resolve_adapters("file.pth", None, ARCHITECTURE) == "file.pth"
+
+    def test_the_built_in_clip_has_adapters_of_its_own(self) -> None:
+        architecture = ClipArchitecture.load(built_in.ARCHITECTURE, (96, 96), None)
+        source = resolve_adapters("auto", "DrawnInspection", architecture)
+        clip = load_clip(architecture, built_in.PRETRAINED)
+        _, provenance = load_resolved_adapters(source)
+        provenance.check(architecture, clip.fingerprint, built_in.STAGES, source)
+        assert provenance.trained_on["DrawnInspection"]
+        with pytest.raises(ValueError, match=r"`adapters='visa'` were trained for the CLIP ViT-L-14-336"):
+            resolve_adapters("visa", None, architecture)
 
     def test_authors_files_get_their_provenance(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save({AUTHORS_KEY: adapters()}, tmp_path / "authors.pth")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anomalib_aprilgan import built_in
 from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, draw_twins
 from anomalib_aprilgan.drawn_clip import captions, pretrain
@@ -16,7 +17,6 @@ from anomalib_aprilgan.drawn_clip.muon import Muon, orthogonalise
 from anomalib_aprilgan.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss
 from anomalib_aprilgan.drawn_clip.pictures import crop, draw_pictures, vary
 from anomalib_aprilgan.drawn_clip.pretrain import (
-    ARCHITECTURE,
     CAPTIONED_CATEGORIES,
     DRAWN_DEFECTS,
     UNSEEN_CATEGORIES,
@@ -34,7 +34,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def architecture():
-    return ClipArchitecture.load(str(ARCHITECTURE), (96, 96), None)
+    return ClipArchitecture.load(built_in.ARCHITECTURE, (96, 96), None)
 
 
 def test_enough_stays_out_of_training():
@@ -199,6 +199,11 @@ def test_training_writes_loadable_weights_and_a_log(tmp_path, architecture, monk
     assert set(log["zero_shot_image_auroc"]) == {"nut", "pill"}
     assert set(tmp_path.iterdir()) == {out, out.with_suffix(".log.json")}  # nothing half-written stays behind
     clip = load_clip(architecture, str(out))
+    refined = tmp_path / "refined.safetensors"
+    pretrain.main(["--steps", "1", "--pool", "32", "--seed", "1", "--initial", str(out), "--out", str(refined)])
+    before, after = load_file(out), load_file(refined)
+    moved = max((after[name].float() - before[name].float()).abs().max() for name in before)
+    assert 0 < moved < 0.01  # one step away from where it began
     states = clip.encode_states(["a photo of a pill."], ["a photo of a damaged pill."])
     torch.testing.assert_close(states.norm(dim=0), torch.ones(2))
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}

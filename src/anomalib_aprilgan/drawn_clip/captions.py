@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.drawing import INVENTIONS
 from ..prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES
 
 BARE_STATE = "{}"
@@ -74,9 +75,12 @@ class Caption:
 
 
 def draw_noun(category: str, generator: np.random.Generator) -> tuple[str, str | None]:
-    """A noun for a picture, and the category it names: the category's own, a generic or an unrelated one."""
+    """A noun for a picture, and the category it names: the category's own, a generic or an unrelated one.
+
+    What is invented has no name.
+    """
     draw = generator.random()
-    if draw < 0.55:
+    if draw < 0.55 and category not in INVENTIONS:
         return category, category
     nouns = GENERIC_NOUNS if draw < 0.75 else UNRELATED_NOUNS
     return str(generator.choice(nouns)), None

@@ -1,6 +1,10 @@
-"""Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
+r"""Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
 
-python -m anomalib_aprilgan.drawn_clip.pretrain --steps 6000 --seed 0 --out ViT-drawn-96.safetensors
+python -m anomalib_aprilgan.drawn_clip.pretrain --seed 0 --out first.safetensors
+python -m anomalib_aprilgan.drawn_clip.pretrain --seed 1 --steps 4500 --initial first.safetensors \
+    --out second.safetensors
+python -m anomalib_aprilgan.drawn_clip.pretrain --seed 2 --steps 2400 --initial second.safetensors \
+    --out ViT-drawn-96.safetensors
 """
 
 from __future__ import annotations
@@ -21,16 +25,16 @@ from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
+from .. import built_in
 from ..backbone import ClipArchitecture, ClipBackbone
-from ..data.drawing import CATEGORIES, DEFECTS
+from ..data.drawing import CATEGORIES, DEFECTS, INVENTIONS
 from ..pre_processing import CLIP_MEAN, CLIP_STD
 from ..prompts import PromptEnsemble
 from ..scoring import text_probability
-from ..weights import write_atomically
+from ..weights import read_state_dict, write_atomically
 from .pictures import Pictures, draw_pictures
 from .trainer import Recipe, Trainer, as_planes
 
-ARCHITECTURE = Path(__file__).with_name("ViT-drawn-96.json")
 # Neither captioned nor drawn in training, so that they can show what the model makes of the unknown.
 UNSEEN_CATEGORIES = ("capsule", "leather", "nut", "tile")
 UNSEEN_DEFECTS = ("dent", "fibre", "rotated_patch")
@@ -72,12 +76,15 @@ def state_dict_of(clip: ClipBackbone) -> dict[str, Tensor]:
     return {name: value.detach().half().cpu().contiguous() for name, value in sorted(weights.items())}
 
 
-def train(recipe: Recipe, out: Path, *, workers: int = 1, checkpoint_every: int = 400) -> dict[str, Any]:
+def train(
+    recipe: Recipe, out: Path, *, initial: Path | None = None, workers: int = 1, checkpoint_every: int = 400
+) -> dict[str, Any]:
     """Trains the small CLIP and writes its weights, and a log beside them.
 
     Args:
         recipe: How.
         out: A name ending in ``.safetensors``; the log has the same name, ending in ``.log.json``.
+        initial: Weights to begin with; fresh ones otherwise.
         workers: Processes that draw.
         checkpoint_every: Steps between two writings of weights and log.
 
@@ -86,17 +93,17 @@ def train(recipe: Recipe, out: Path, *, workers: int = 1, checkpoint_every: int 
     """
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    architecture = ClipArchitecture.load(str(ARCHITECTURE), (96, 96), None)
+    architecture = ClipArchitecture.load(built_in.ARCHITECTURE, (built_in.IMAGE_SIZE, built_in.IMAGE_SIZE), None)
     side = architecture.image_size[0]
-    pictures = draw_pictures(
-        CAPTIONED_CATEGORIES, DRAWN_DEFECTS, recipe.pool, TRAINING_SEED + recipe.seed, side, workers=workers
-    )
+    shown = CAPTIONED_CATEGORIES + (INVENTIONS if recipe.inventions else ())
+    pictures = draw_pictures(shown, DRAWN_DEFECTS, recipe.pool, TRAINING_SEED + recipe.seed, side, workers=workers)
     # Two products of every category, none of them trained on.
     probe = [
         draw_pictures(CATEGORIES, DRAWN_DEFECTS, 22 * len(CATEGORIES), seed, side, random_style=False, progress=False)
         for seed in (PROBE_SEED, PROBE_SEED + 1)
     ]
-    trainer = Trainer(architecture, recipe, pictures, device)
+    weights = None if initial is None else read_state_dict(initial, "initial")
+    trainer = Trainer(architecture, recipe, pictures, device, weights)
     log: dict[str, Any] = {
         "recipe": asdict(recipe),
         "captioned": CAPTIONED_CATEGORIES,
@@ -137,11 +144,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of everything (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=Recipe.pool, help="twins drawn beforehand (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
+    parser.add_argument("--initial", type=Path, help="weights to refine; without it the training begins from nothing")
     parser.add_argument("--out", type=Path, required=True, help="weight file to write, .safetensors")
     options = parser.parse_args(arguments)
     if options.out.suffix != ".safetensors":
         parser.error(f"--out must end in .safetensors, got {options.out.name}")
-    train(Recipe(options.steps, options.seed, options.pool), options.out, workers=options.workers)
+    recipe = Recipe(options.steps, options.seed, options.pool)
+    if options.initial is not None:
+        recipe = recipe.refining()
+    train(recipe, options.out, initial=options.initial, workers=options.workers)
 
 
 if __name__ == "__main__":

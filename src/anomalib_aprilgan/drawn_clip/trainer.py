@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,17 +46,30 @@ class Recipe:
         table_learning_rate: Peak learning rate of all else, under AdamW.
         patch_weight: Weight of the patches' loss, at the start and at the end.
         contrast_weight: Weight of the loss of pictures against captions.
+        inventions: Whether half of the twins are goods that do not exist.
     """
 
-    steps: int = 6000
+    steps: int = 7000
     seed: int = 0
     pool: int = 24_000
-    phases: tuple[tuple[float, int, int], ...] = ((0.5, 32, 128), (0.8, 64, 32), (1.0, 96, 24))
+    phases: tuple[tuple[float, int, int], ...] = ((0.45, 32, 128), (0.75, 64, 32), (1.0, 96, 24))
     sentences: int = 2
     learning_rate: float = 4e-3
     table_learning_rate: float = 3e-3
     patch_weight: tuple[float, float] = (1.0, 0.4)
     contrast_weight: float = 0.05
+    inventions: bool = False
+
+    def refining(self) -> Recipe:
+        """The same for weights that are trained already: larger windows, smaller steps, inventions."""
+        return replace(
+            self,
+            phases=((0.4, 64, 32), (1.0, 96, 24)),
+            learning_rate=self.learning_rate / 2.0,
+            table_learning_rate=self.table_learning_rate / 2.0,
+            patch_weight=(self.patch_weight[1], self.patch_weight[1]),
+            inventions=True,
+        )
 
 
 class Trainer:
@@ -67,13 +80,20 @@ class Trainer:
         recipe: How.
         pictures: What on.
         device: Where.
+        initial: Weights to begin with; fresh ones otherwise.
     """
 
     def __init__(
-        self, architecture: ClipArchitecture, recipe: Recipe, pictures: Pictures, device: torch.device
+        self,
+        architecture: ClipArchitecture,
+        recipe: Recipe,
+        pictures: Pictures,
+        device: torch.device,
+        initial: dict[str, Tensor] | None = None,
     ) -> None:
-        self.clip = _fresh(architecture, recipe.seed).to(device)
-        _initialise(self.clip, pictures)
+        self.clip = _fresh(architecture, recipe.seed, initial).to(device)
+        if initial is None:
+            _initialise(self.clip, pictures)
         # Of the same shape for windows of pictures; they run with the weights of the one above.
         self.windowed = {
             side: _fresh(ClipArchitecture.load(architecture.name, (side, side), None), recipe.seed).to(device)
@@ -180,8 +200,8 @@ def as_planes(pictures: np.ndarray[Any, np.dtype[np.uint8]], device: torch.devic
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255.0
 
 
-def _fresh(architecture: ClipArchitecture, seed: int) -> ClipBackbone:
-    clip = ClipBackbone(architecture, random_weights(architecture, seed), "initial weights")
+def _fresh(architecture: ClipArchitecture, seed: int, initial: dict[str, Tensor] | None = None) -> ClipBackbone:
+    clip = ClipBackbone(architecture, initial or random_weights(architecture, seed), "`initial`")
     return clip.requires_grad_(requires_grad=True)
 
 

@@ -1,6 +1,6 @@
 """Procedurally drawn product pictures with exact defect masks."""
 
-from .catalogue import CATEGORIES, DEFECTS, OBJECTS, TEXTURES
+from .catalogue import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES
 from .contact import contact_sheet
 from .folder import write_category
 from .product import Twins, check_drawing, draw_good, draw_twins
@@ -8,6 +8,7 @@ from .product import Twins, check_drawing, draw_good, draw_twins
 __all__ = [
     "CATEGORIES",
     "DEFECTS",
+    "INVENTIONS",
     "OBJECTS",
     "TEXTURES",
     "Twins",

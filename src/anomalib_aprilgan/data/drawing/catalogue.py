@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from . import (
     assemblies,
+    inventions,
     metal_objects,
     natural_textures,
     objects,
@@ -48,6 +49,10 @@ OBJECT_DRAWERS: dict[str, tuple[Drawer, float]] = {
     "washer": (metal_objects.washer, 3.14159),
     "zipper": (assemblies.zipper, 0.03),
 }
+# To learn from, beside the categories: each name gives other products.
+INVENTED_DRAWERS: dict[str, tuple[Drawer, float]] = {
+    f"invention_{number}": (inventions.invention, 3.14159) for number in range(20)
+}
 
 
 @dataclass(frozen=True)
@@ -80,3 +85,4 @@ TEXTURES: tuple[str, ...] = tuple(TEXTURE_DRAWERS)
 OBJECTS: tuple[str, ...] = tuple(OBJECT_DRAWERS)
 CATEGORIES: tuple[str, ...] = tuple(sorted(TEXTURES + OBJECTS))
 DEFECTS: tuple[str, ...] = tuple(KINDS)
+INVENTIONS: tuple[str, ...] = tuple(INVENTED_DRAWERS)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .catalogue import CATEGORIES, DEFECTS, KINDS
+from .catalogue import CATEGORIES, DEFECTS, INVENTIONS, KINDS
 from .draws import Draws
 from .scene import Image, draw_scene
 from .spot import place
@@ -35,7 +35,7 @@ def draw_good(category: str, seed: int, index: int, image_size: int, *, random_s
     """A picture of a flawless product.
 
     Args:
-        category: One of ``CATEGORIES``.
+        category: One of ``CATEGORIES`` or ``INVENTIONS``.
         seed: Number of the product: fixes colours and style.
         index: Number of the picture: fixes pose, light and fine structure.
         image_size: Side in pixels, in [32, 1024].
@@ -62,7 +62,7 @@ def draw_twins(
     defect that came out too small, too large or too faint is drawn again, larger, smaller or stronger.
 
     Args:
-        category: One of ``CATEGORIES``.
+        category: One of ``CATEGORIES`` or ``INVENTIONS``.
         seed: Number of the product.
         index: Number of the picture.
         kind: One of ``DEFECTS``.
@@ -121,7 +121,7 @@ def check_drawing(category: str, seed: int, index: int, image_size: int) -> None
     Raises:
         ValueError: One of them is out of its range.
     """
-    if category not in CATEGORIES:
+    if category not in CATEGORIES + INVENTIONS:
         msg = f"`category` must be one of {', '.join(CATEGORIES)}, got {category!r}."
         raise ValueError(msg)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or not MIN_SIZE <= image_size <= MAX_SIZE:
