@@ -381,7 +381,8 @@ class AprilGAN(AnomalibModule):
                 msg = f"`batch` must be (B, 3, H, W), got {tuple(batch.shape)}."
                 raise ValueError(msg)
             self._make_ready()
-        class_index = self._rows_of(class_name, len(batch))
+        # The length would fix the batch size of an export.
+        class_index = None if len(self.model.class_names) == 1 else self._rows_of(class_name, len(batch))
         images = batch if self.tile_size is not None or not self.pre_processor else self.pre_processor(batch)
         predictions = self._infer(images, class_index)
         if isinstance(self.post_processor, AprilGANPostProcessor):
@@ -465,8 +466,6 @@ class AprilGAN(AnomalibModule):
 
     def _rows_of(self, class_name: str | Sequence[str] | None, number: int) -> Tensor | None:
         """Rows of the classes that a caller names for so many images."""
-        if len(self.model.class_names) == 1:
-            return None
         names = self.default_class if class_name is None else class_name
         if names is None:
             return None  # the model says what is missing

@@ -103,7 +103,7 @@ def test_recipe_trains_adapters_on_own_folders(name: str, tmp_path: Path, small_
     )
     (path,) = tmp_path.glob("results/**/*.ckpt")
     learned = torch.load(path, weights_only=True)["anomalib_aprilgan"]
-    assert learned["class_names"] == ["steel washer"]
+    assert learned["class_names"] == {"steel washer": "steel washer"}
     assert learned["provenance"]["trained_on"] == {"steel washer": []}
 
 
