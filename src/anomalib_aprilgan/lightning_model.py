@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,26 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from .adapters import LinearAdapters
+from .arguments import check_few_shot, check_maps, height_and_width, plain_references, size_of_shape
 from .backbone import ClipArchitecture, image_statistics
+from .calibration import Calibration
 from .checkpoint import save_adapters
 from .class_names import class_of_file, words_of_classes
-from .data.reading import read_data_of, unreadable_files
+from .data.reading_hooks import read_data_of, unreadable_files
+from .decisions import DecisionsWriter
 from .evaluator import ClassEvaluator
+from .export import of_one_class, without_text_tower
 from .losses import partial_adapter_loss
 from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .prompts import PromptEnsemble
-from .references import References
+from .ranks import told_by_all
 from .tiling import check_tiles, run_tiled
-from .torch_model import AprilGANModel
+from .torch_model import AprilGANModel, HeldOut
+from .visualization import AprilGANVisualizer
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "anomalib_aprilgan"
 # Tiles of a large image that go through CLIP together.
@@ -76,6 +83,19 @@ class AprilGAN(AnomalibModule):
         tile_size: Side in pixels of the overlapping tiles that large images are inspected in, each at ``image_size``;
             maps are then as large as the images. Unset, images are resized as a whole.
         tile_overlap: Share of a tile's side that its neighbour covers too, at least.
+        smoothing_sigma: Standard deviation of the Gaussian that the anomaly map is smoothed with, in pixels of the
+            map at ``image_size``: 0 or more, four times it within the shorter side; 0, as published, for none.
+        neighbourhood: Side in patches, odd, of the square whose tokens are averaged before patches are compared with
+            those of the references (as PatchCore does); 1, as published, for each patch alone.
+        top_share: Share of the map's pixels in [0, 1], the highest ones, whose mean stands for the map in the score
+            with references (0.01: the highest 1 %); 0, as published, for its maximum.
+        aspect_ratio: Width over height of the pictures, above 0: ``image_size`` must then be one number and is the
+            side of the square that is given this shape at about the same cost (:func:`pre_processing.aspect_size`).
+            Unset, ``image_size`` is what it says. Not for tiles.
+        calibration: Normal images that set the thresholds, no defect needed: ``"references"`` (each left out in turn,
+            with light variants), or others, as a folder, a list or a mapping like ``references``. Unset, labelled
+            validation images set them, or documented defaults hold.
+        false_positive_rate: Share of good parts that a calibrated threshold may flag, in (0, 0.5].
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
@@ -106,6 +126,12 @@ class AprilGAN(AnomalibModule):
         class_aliases: bool = False,
         tile_size: int | None = None,
         tile_overlap: float = 0.25,
+        smoothing_sigma: float = 0.0,
+        neighbourhood: int = 1,
+        top_share: float = 0.0,
+        aspect_ratio: float | None = None,
+        calibration: dict[str, str | list[str]] | list[str] | str | None = None,
+        false_positive_rate: float = 0.01,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -113,13 +139,20 @@ class AprilGAN(AnomalibModule):
     ) -> None:
         # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
         backbone, pretrained, adapters = str(backbone), str(pretrained), None if adapters is None else str(adapters)
-        image_size = _height_and_width(image_size)
+        if aspect_ratio is None:
+            image_size = size = height_and_width(image_size)
+        else:
+            size = size_of_shape(image_size, aspect_ratio, tile_size, backbone)
         stages, memory_stages = tuple(stages), None if memory_stages is None else tuple(memory_stages)
-        references = _plain_references(references)
-        architecture = ClipArchitecture.load(backbone, image_size, quick_gelu)
+        references, calibration = plain_references(references), plain_references(calibration)
+        architecture = ClipArchitecture.load(backbone, size, quick_gelu)
         tapped = architecture.check_stages(stages)
         remembered = tapped if memory_stages is None else architecture.check_stages(memory_stages, "memory_stages")
-        _check_few_shot(k_shot, references)
+        check_few_shot(k_shot, references)
+        check_maps(smoothing_sigma, neighbourhood, size)
+        if not isinstance(post_processor, bool) and getattr(post_processor, "top_share", 0.0) != top_share:
+            msg = "`post_processor` and `top_share` do not go together: pass `AprilGANPostProcessor(top_share=...)`."
+            raise ValueError(msg)
         map_limit = len(tapped) + (0.5 * len(remembered) if k_shot else 0.0)
         tiled = tile_size is not None
         if tile_size is not None:
@@ -129,10 +162,12 @@ class AprilGAN(AnomalibModule):
             raise ValueError(msg)
         mean, std = image_statistics(backbone, pretrained) or (CLIP_MEAN, CLIP_STD)
         super().__init__(
-            pre_processor=AprilGANPreProcessor(image_size, mean, std, tiled=tiled)
+            pre_processor=AprilGANPreProcessor(size, mean, std, tiled=tiled)
             if pre_processor is True
             else pre_processor,
-            post_processor=AprilGANPostProcessor(map_limit) if post_processor is True else post_processor,
+            post_processor=AprilGANPostProcessor(map_limit, top_share=top_share)
+            if post_processor is True
+            else post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
@@ -150,11 +185,24 @@ class AprilGAN(AnomalibModule):
         self.default_class = default_class
         self.tile_size, self.tile_overlap = tile_size, tile_overlap
         self.preparation = Preparation(
-            architecture, pretrained, adapters, words, ensemble, class_aliases, k_shot, references, seed, tile_size
+            architecture,
+            pretrained,
+            adapters,
+            words,
+            ensemble,
+            class_aliases,
+            k_shot,
+            references,
+            seed,
+            tile_size,
+            top_share,
         )
+        self.calibration = None if calibration is None else Calibration(calibration, false_positive_rate, seed)
+        if self.calibration is not None:
+            self._check_calibration(self.calibration)
         linear = LinearAdapters(len(tapped), architecture.width, architecture.embed_dim)
         linear.requires_grad_(adapters is None)
-        self.model = AprilGANModel(linear, tapped, remembered)
+        self.model = AprilGANModel(linear, tapped, remembered, smoothing_sigma, neighbourhood)
         self._trained = False
         self._fitting = False
         self._saw_defect = False
@@ -199,6 +247,11 @@ class AprilGAN(AnomalibModule):
             ],
         )
 
+    @classmethod
+    def configure_visualizer(cls) -> AprilGANVisualizer:  # type: ignore[override]  # anomalib's has other arguments
+        """Pictures whose heatmaps share one colour range."""
+        return AprilGANVisualizer()
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The paper's optimizer: Adam, learning rate 1e-3, betas 0.5 and 0.999, no schedule."""
         return Adam(self.model.adapters.parameters(), lr=1e-3, betas=(0.5, 0.999))
@@ -212,7 +265,10 @@ class AprilGAN(AnomalibModule):
         from_command_line = getattr(self.__dict__.get("configure_optimizers"), "__func__", None)
         if isinstance(from_command_line, partial):
             from_command_line.__wrapped__ = from_command_line.func  # type: ignore[attr-defined]
-        return super().configure_callbacks()
+        # Those that the trainer was given move behind the post-processor, and there is none besides.
+        callbacks: list[Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        given = [callback for callback in callbacks if isinstance(callback, DecisionsWriter)]
+        return [*cast("list[Callback]", super().configure_callbacks()), *(given or [DecisionsWriter()])]
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Nothing, for a trainer without a datamodule.
@@ -262,6 +318,7 @@ class AprilGAN(AnomalibModule):
 
     def on_train_epoch_end(self) -> None:
         """Refuse loaders without a defect, which only show it in passing."""
+        self._saw_defect = any(told_by_all(self._saw_defect))
         if not self._saw_defect:
             self._refuse_normal_data()
 
@@ -276,7 +333,9 @@ class AprilGAN(AnomalibModule):
         raise ValueError(msg)
 
     def on_fit_end(self) -> None:
-        """From here on the adapters are trained."""
+        """From here on the adapters are trained; thresholds for others do not hold."""
+        if self.calibration is not None:
+            self.calibration.forget()
         self._trained = True
         self._fitting = False
 
@@ -312,19 +371,19 @@ class AprilGAN(AnomalibModule):
         self.model.to(self._target_device)
         if stage == "fit":
             return  # adapters are trained without a memory bank
-        held_out_maxima = preparation.fill_memory_bank(
-            self.model, datamodule, self.pre_processor, optional=stage == "validate"
-        )
-        if held_out_maxima and isinstance(self.post_processor, AprilGANPostProcessor):
-            for number, maxima in held_out_maxima.items():
-                self._bound_map_maximum(self.post_processor.of_class(number), maxima)
+        filled = preparation.fill_memory_bank(self.model, datamodule, self.pre_processor, optional=stage == "validate")
+        if filled and isinstance(self.post_processor, AprilGANPostProcessor):
+            for number, held_out in filled.items():
+                self._bound_map_maximum(self.post_processor.of_class(number), held_out)
             self.post_processor.fuse_map_maximum = True
-        elif held_out_maxima:
+        elif filled:
             warnings.warn(
                 "`post_processor` is not an AprilGANPostProcessor: scores stay those of the text, references change "
                 "the maps alone.",
                 stacklevel=2,
             )
+        if self.calibration is not None:
+            self._calibrate(self.calibration)
         if stage in {"validate", "test"}:
             preparation.warn_of_seen_data(datamodule)
         if self.learning_type == LearningType.ONE_CLASS:
@@ -333,15 +392,75 @@ class AprilGAN(AnomalibModule):
                 stacklevel=2,
             )
 
-    def _bound_map_maximum(self, post_processor: AprilGANPostProcessor, held_out_maxima: Tensor) -> None:
+    def _bound_map_maximum(self, post_processor: AprilGANPostProcessor, held_out: HeldOut) -> None:
         """Bounds and thresholds for the case that no validation data tells better ones.
 
         The map maximum is bounded from below by what good parts reach: the lowest of the references,
         each held out in turn (for a single one, 0); from above by what a map reaches where every stage is
         certain, a cosine distance of one half counting as certain. Pixels are cut above all held-out maps.
         """
-        limit = len(self.model.stages) + 0.5 * len(self.model.memory_stages)
-        post_processor.set_defaults(limit, held_out_maxima)
+        if post_processor.calibrated:
+            if self.calibration is None:
+                warnings.warn(
+                    "The references have changed; the thresholds are still the calibrated ones.", stacklevel=2
+                )
+            return
+        post_processor.set_defaults(self._map_limit, *held_out)
+
+    @property
+    def _map_limit(self) -> float:
+        return len(self.model.stages) + (0.5 * len(self.model.memory_stages) if self.model.is_few_shot else 0.0)
+
+    def _check_calibration(self, calibration: Calibration) -> None:
+        """Refuse a calibration that cannot be, before CLIP is loaded."""
+        if calibration.from_references and not self.k_shot:
+            msg = (
+                "`calibration='references'` needs `k_shot` and `references`. Without them calibrate with a folder of "
+                f"at least {calibration.least} normal images, or another `false_positive_rate`."
+            )
+            raise ValueError(msg)
+        if not isinstance(self.post_processor, AprilGANPostProcessor):
+            msg = "`calibration` sets the thresholds of an AprilGANPostProcessor: leave `post_processor` as it is."
+            raise ValueError(msg)  # two arguments that do not go together
+
+    def _calibrate(self, calibration: Calibration) -> None:
+        """Thresholds of every class from normal images, unless they are those already."""
+        names, preparation = self.model.class_names, self.preparation
+        for number, name in enumerate(names):
+            if self.k_shot and not self.model.memory_bank(number).k_shot:
+                continue  # a validation without data: the references are still to come
+            references = preparation.reference_paths.get(name, [])
+            files = partial(calibration.files_of, name, names, references)
+            key = [str(calibration.normals), str(calibration.false_positive_rate), preparation.words_of(name)]
+            key += [str(preparation.provenance.to_dict()), *references]
+            if calibration.is_done(name, key, files):
+                continue
+            normals, part = files(), cast("AprilGANPostProcessor", self.post_processor).of_class(number)
+            part.set_defaults(self._map_limit)  # the bounds that scores are fused with
+            score = partial(self._raw_score, number=number)
+            bank, tiles = self.model.memory_bank(number), preparation.number_of_tiles
+            found = calibration.thresholds(normals, bank, tiles, score)
+            part.calibrate(found.image, found.pixel, self._map_limit)
+            calibration.note(name, key, normals)
+            logger.info(
+                "Calibrated %s with %s normal images: image threshold %.4f, pixel threshold %.4f (raw).",
+                name,
+                len(normals),
+                found.image,
+                found.pixel,
+            )
+
+    def _raw_score(self, image: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Raw score, fused where there are references, and map maximum of one image ``(1, 3, H, W)`` of a class."""
+        image = image.to(self._target_device)
+        index = None if len(self.model.class_names) == 1 else torch.tensor([number], device=image.device)
+        pre_process: nn.Module = self.pre_processor or nn.Identity()
+        raw = self._infer(image if self.tile_size is not None else pre_process(image), index)
+        score, anomaly_map = cast("tuple[Tensor, Tensor]", (raw.pred_score, raw.anomaly_map))
+        post_processor = cast("AprilGANPostProcessor", self.post_processor)
+        if post_processor.fuse_map_maximum:
+            score = post_processor.of_class(number).fuse(score, anomaly_map)
+        return score[0], anomaly_map.amax()
 
     @property
     def _datamodule(self) -> AnomalibDataModule | None:
@@ -461,7 +580,7 @@ class AprilGAN(AnomalibModule):
             names = [category if category in known else class_of_file(path, known) for path in paths]
         index = self._rows_of_classes(names)
         if note:
-            batch.class_index = index  # type: ignore[attr-defined]
+            batch.class_index = index  # type: ignore[attr-defined]  # a field of ours, not of anomalib's own batches
         return index
 
     def _rows_of(self, class_name: str | Sequence[str] | None, number: int) -> Tensor | None:
@@ -492,6 +611,7 @@ class AprilGAN(AnomalibModule):
             name: value for name, value in state_dict.items() if not name.startswith(_BACKBONE_PREFIX)
         }
         checkpoint[CHECKPOINT_KEY] = self.preparation.to_checkpoint(self.model)
+        checkpoint[CHECKPOINT_KEY]["calibration"] = {} if self.calibration is None else self.calibration.used
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for what was learned, and complete it with the CLIP that is already here."""
@@ -502,6 +622,8 @@ class AprilGAN(AnomalibModule):
         state_dict = checkpoint["state_dict"]
         learned = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.preparation.from_checkpoint(self.model, checkpoint[CHECKPOINT_KEY], learned)
+        if self.calibration is not None:
+            self.calibration.restore(checkpoint[CHECKPOINT_KEY].get("calibration", {}))
         if isinstance(self.post_processor, AprilGANPostProcessor):
             self.post_processor.set_classes(self.model.class_names)
         if self.model.has_backbone:
@@ -535,13 +657,8 @@ class AprilGAN(AnomalibModule):
         with self._ready_for_export():
             return super().to_onnx(*args, **kwargs)
 
-    def _make_ready(self) -> None:
-        if not self.model.has_backbone or not self.model.class_names:
-            self.setup("predict")
-
     @contextmanager
     def _ready_for_export(self) -> Iterator[None]:
-        """Text features and banks inside, the text tower outside."""
         if self.tile_size is not None:
             msg = (
                 "`tile_size` cannot be exported: the tiles depend on the image. Export without it, and run the "
@@ -550,32 +667,12 @@ class AprilGAN(AnomalibModule):
             raise RuntimeError(msg)
         self.preparation.attach_backbone(self.model, self._target_device)
         self._prepare("export")
-        backbone = self.model.backbone
-        text, backbone.text = backbone.text, None
-        try:
-            with self._one_class():
-                yield
-        finally:
-            backbone.text = text
-
-    @contextmanager
-    def _one_class(self) -> Iterator[None]:
-        """A graph has one input, the image: it is of one class, and anomalib's inferencers can run it."""
-        known = self.model.class_names
-        if len(known) == 1:
+        with without_text_tower(self.model), of_one_class(self, self.model, self.default_class):
             yield
-            return
-        if self.default_class is None:
-            msg = f"An exported model is of one class: set `default_class` to one of {known}, and export once for each."
-            raise ValueError(msg)
-        number, post_processor = known.index(self.default_class), self.post_processor
-        if isinstance(post_processor, AprilGANPostProcessor):
-            self.post_processor = post_processor.of_class(number)
-        try:
-            with self.model.only(number):
-                yield
-        finally:
-            self.post_processor = post_processor
+
+    def _make_ready(self) -> None:
+        if not self.model.has_backbone or not self.model.class_names:
+            self.setup("predict")
 
 
 def _mask_of(batch: ImageBatch) -> Tensor | None:
@@ -587,29 +684,3 @@ def _mask_of(batch: ImageBatch) -> Tensor | None:
 def _plain(tensor: Any) -> Tensor:  # noqa: ANN401  # torchvision's subclasses carry no types
     """Without torchvision's subclass, which would go through every operation."""
     return cast("Tensor", tensor.as_subclass(Tensor))
-
-
-def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2:
-        msg = f"`image_size` must be one side, or height and width, got {sides}."
-        raise ValueError(msg)
-    return sides[0], sides[1]
-
-
-def _plain_references(references: References | None) -> dict[str, str | list[str]] | list[str] | str | None:
-    if references is None or isinstance(references, (str, os.PathLike)):
-        return None if references is None else str(references)
-    if isinstance(references, Mapping):
-        plain = {str(name): _plain_references(given) for name, given in references.items()}
-        return cast("dict[str, str | list[str]]", plain)
-    return [str(reference) for reference in references]
-
-
-def _check_few_shot(k_shot: int, references: References | None) -> None:
-    if k_shot < 0:
-        msg = f"`k_shot` must be 0 (zero-shot) or more, got {k_shot}."
-        raise ValueError(msg)
-    if references is not None and not k_shot:
-        msg = "`references` are given but `k_shot` is 0. Set `k_shot` to the number of them to use."
-        raise ValueError(msg)

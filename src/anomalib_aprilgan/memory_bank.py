@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +51,19 @@ class MemoryBank(nn.Module):
             raise RuntimeError(msg)
         kept = [shot for shot in range(self.k_shot) if shot not in without]
         return [[stage[shot].float() for shot in kept] for stage in self.tokens]
+
+    @contextmanager
+    def without(self, shots: Collection[int]) -> Iterator[None]:
+        """Some remembered images held out for as long as the context lasts.
+
+        Args:
+            shots: Their indices.
+        """
+        everything = self.tokens
+        if shots:
+            kept = [shot for shot in range(self.k_shot) if shot not in shots]
+            self.tokens = everything[:, kept]
+        try:
+            yield
+        finally:
+            self.tokens = everything

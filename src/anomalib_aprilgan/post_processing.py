@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
+from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
+
+from .class_rows import PREDICTIONS, class_index_of, part_of, rows_by_class
+from .ranks import even_out
+from .scoring import map_statistic
 
 # Share of the scale at either end that is kept for values beyond the bounds.
 TAIL = 1e-3
@@ -30,7 +36,10 @@ class AprilGANPostProcessor(PostProcessor):
     ``[0, 1]`` by bounds (arXiv:2305.17382, sec. 2.2). The authors take the bounds from the test
     images of the class; here they are learned in validation, which is the same where the
     validation set is the test set (anomalib's default), and set beforehand otherwise, so that an
-    image can be scored alone.
+    image can be scored alone. With a ``top_share`` the mean of the highest pixels stands for the map instead of
+    the maximum, there and in the bounds.
+
+    :meth:`calibrate` and :meth:`set_values` fix bounds and thresholds: from then on no validation changes them.
 
     For a model of several classes there is one of these per class (:meth:`set_classes`); batches are taken
     apart by their ``class_index`` and put together again.
@@ -42,6 +51,11 @@ class AprilGANPostProcessor(PostProcessor):
         enable_thresholding: Whether labels and masks are derived.
         image_sensitivity: One minus the normalised score above which an image is anomalous.
         pixel_sensitivity: The same for pixels.
+        top_share: Share of the map's pixels, the highest ones, whose mean stands for the map in the fused score;
+            0 for its maximum.
+
+    Raises:
+        ValueError: ``top_share`` is not in ``[0, 1]``.
     """
 
     def __init__(
@@ -52,7 +66,11 @@ class AprilGANPostProcessor(PostProcessor):
         enable_thresholding: bool = True,
         image_sensitivity: float = 0.5,
         pixel_sensitivity: float = 0.5,
+        top_share: float = 0.0,
     ) -> None:
+        if not 0.0 <= top_share <= 1.0:
+            msg = f"`top_share` must be a share of the map in [0, 1], or 0 for its maximum, got {top_share}."
+            raise ValueError(msg)
         super().__init__(
             enable_normalization=enable_normalization,
             enable_thresholding=enable_thresholding,
@@ -61,14 +79,19 @@ class AprilGANPostProcessor(PostProcessor):
             pixel_sensitivity=pixel_sensitivity,
         )
         self.fuse_map_maximum = fuse_map_maximum
+        self.top_share = top_share
         self.class_names: tuple[str, ...] = ()
         self.by_class = nn.ModuleList()  # empty for one class
         self._map_limit = map_limit
         self._validation_scores = _ScoreStore()
+        self._image_threshold_metric = _Threshold(fields=["pred_score", "gt_label"], strict=False)
+        self._pixel_threshold_metric = _Threshold(fields=["anomaly_map", "gt_mask"], strict=False)
         self.register_buffer("map_maximum_min", torch.tensor(0.0))
         self.register_buffer("map_maximum_max", torch.tensor(float(map_limit)))
         self.map_maximum_min: Tensor
         self.map_maximum_max: Tensor
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.calibrated: Tensor
         self.set_defaults(map_limit)
 
     def set_classes(self, class_names: Sequence[str]) -> None:
@@ -95,21 +118,33 @@ class AprilGANPostProcessor(PostProcessor):
             self.by_class = nn.ModuleList(parts)
         self.class_names = class_names
 
-    def of_class(self, number: int) -> AprilGANPostProcessor:
-        """Bounds and thresholds of a class, by its place in ``class_names``."""
+    def of_class(self, name: int | str) -> AprilGANPostProcessor:
+        """Bounds and thresholds of a class, by its name or its place in ``class_names``.
+
+        Raises:
+            ValueError: There is no class of this name.
+        """
+        if isinstance(name, str) and name not in self.class_names:
+            msg = f"`name` must be one of {', '.join(self.class_names)}, got {name!r}."
+            raise ValueError(msg)
         if not self.by_class:
             return self
+        number = self.class_names.index(name) if isinstance(name, str) else name
         part = cast("AprilGANPostProcessor", self.by_class[number])
         part.load_checkpoint_config(self.checkpoint_config())  # the switches are those of the whole
+        part.top_share = self.top_share
         return part
 
-    def set_defaults(self, map_limit: float, held_out_maxima: Tensor | None = None) -> None:
+    def set_defaults(
+        self, map_limit: float, held_out_maxima: Tensor | None = None, held_out_statistics: Tensor | None = None
+    ) -> None:
         """Bounds and thresholds for the case that no validation data will tell better ones.
 
         Args:
             map_limit: Highest value a map can be expected to take.
             held_out_maxima: ``(K,)`` map maxima of good parts: the lowest bounds the map maximum from below,
                 and pixels are cut above the highest.
+            held_out_statistics: ``(K,)`` what stands for these maps in the score; unset, the maxima.
         """
         self._map_limit = map_limit
         defaults = {
@@ -123,17 +158,56 @@ class AprilGANPostProcessor(PostProcessor):
             "map_maximum_max": map_limit,
         }
         if held_out_maxima is not None and len(held_out_maxima):
-            defaults["map_maximum_min"] = held_out_maxima.min().item()
+            statistics = held_out_maxima if held_out_statistics is None else held_out_statistics
+            defaults["map_maximum_min"] = statistics.min().item()
             defaults["_pixel_threshold"] = held_out_maxima.max().item()
         for name, value in defaults.items():
             getattr(self, name).fill_(value)
+
+    def calibrate(self, image_threshold: float, pixel_threshold: float, map_limit: float) -> None:
+        """Fix these thresholds, on a scale that depends on nothing but them.
+
+        Scores then run from 0 to 1 and maps from 0 to ``map_limit``, as do the bounds of the map maximum.
+
+        Args:
+            image_threshold: Raw score, fused where there are references, above which an image is anomalous.
+            pixel_threshold: Raw value of the map above which a pixel is.
+            map_limit: Highest value a map can be expected to take.
+        """
+        self.set_defaults(map_limit)
+        self.set_values(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
+
+    def values(self) -> dict[str, float]:
+        """Bounds and thresholds by name, raw: what is 0, 0.5 and 1 on the final scale."""
+        return {name: getattr(self, buffer).item() for name, buffer in _VALUES.items()}
+
+    def set_values(self, **values: float) -> None:
+        """Fix some of :meth:`values`.
+
+        Args:
+            values: By name.
+
+        Raises:
+            ValueError: There is no such name, the value is not finite, or there are several classes: ask
+                :meth:`of_class` for one.
+        """
+        for name, value in values.items():
+            if name not in _VALUES or not math.isfinite(value):
+                msg = f"`values` must be finite numbers for some of {', '.join(_VALUES)}, got {name}={value}."
+                raise ValueError(msg)
+        if self.by_class:
+            msg = f"Every class has its own values: ask `of_class` for one of {', '.join(self.class_names)}."
+            raise ValueError(msg)
+        for name, value in values.items():
+            getattr(self, _VALUES[name]).fill_(value)
+        self.calibrated.fill_(True)
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "fuse_map_maximum")
 
     def fuse(self, text_probability: Tensor, anomaly_map: Tensor) -> Tensor:
-        """Published few-shot score: ``0.5 * (text + minmax(max of the map))``.
+        """Published few-shot score: ``0.5 * (text + minmax(max of the map))``, or of the mean of the ``top_share``.
 
         Args:
             text_probability: ``(B,)`` in ``[0, 1]``.
@@ -142,7 +216,7 @@ class AprilGANPostProcessor(PostProcessor):
         Returns:
             ``(B,)``; within ``[0, 1]`` where the map maximum is within its bounds.
         """
-        return self._fuse_maximum(text_probability, anomaly_map.flatten(1).amax(dim=1))
+        return self._fuse_maximum(text_probability, map_statistic(anomaly_map, self.top_share))
 
     def forward(self, predictions: InferenceBatch, class_index: Tensor | None = None) -> InferenceBatch:
         """Fused, scaled and thresholded predictions.
@@ -171,22 +245,31 @@ class AprilGANPostProcessor(PostProcessor):
     ) -> None:
         """Collect what the bounds and thresholds are learned from."""
         if self.by_class:
-            for part, rows in self._routes(_class_index_of(outputs)):
-                part.on_validation_batch_end(trainer, pl_module, _rows_of(outputs, rows))
+            for part, rows in self._routes(class_index_of(outputs)):
+                part.on_validation_batch_end(trainer, pl_module, part_of(outputs, rows))
+            return
+        if self.calibrated:
             return
         if not self.fuse_map_maximum:
             super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
             return
-        self._validation_scores.update(*_text_and_map(outputs), outputs.gt_label)
+        text_probability, anomaly_map = _text_and_map(outputs)
+        map_maximum = map_statistic(anomaly_map, self.top_share)
+        self._validation_scores.update(text_probability, map_maximum, outputs.gt_label)
         if self.enable_thresholding:
             self._pixel_threshold_metric.update(outputs)
         if self.enable_normalization:
             self._pixel_min_max_metric.update(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn the bounds of the map maximum first: the fused scores need them."""
+        """Learn bounds and thresholds, those of every class from the images of all processes."""
+        even_out([self])
         for number in range(len(self.by_class)):
-            self.of_class(number).on_validation_epoch_end(trainer, pl_module)
+            self.of_class(number)._learn(trainer, pl_module)  # noqa: SLF001  # one of its own kind
+        self._learn(trainer, pl_module)
+
+    def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn the bounds of the map maximum first: the fused scores need them."""
         if self._validation_scores.update_called:
             text_probability, map_maximum, label = self._validation_scores.compute()
             self._validation_scores.reset()
@@ -205,8 +288,8 @@ class AprilGANPostProcessor(PostProcessor):
         """Fuse, scale and threshold a batch in place (test and predict)."""
         if self.by_class:
             parts = []
-            for part, rows in self._routes(_class_index_of(batch)):
-                parts.append((rows, _rows_of(batch, rows)))
+            for part, rows in self._routes(class_index_of(batch)):
+                parts.append((rows, part_of(batch, rows)))
                 part.post_process_batch(parts[-1][1])
             for name, value in _together(parts).items():
                 setattr(batch, name, value)
@@ -220,8 +303,8 @@ class AprilGANPostProcessor(PostProcessor):
         if class_index is None:
             msg = f"`class_index` is needed to choose among the classes {self.class_names}, got None."
             raise ValueError(msg)
-        for number in sorted(set(class_index.tolist())):
-            yield self.of_class(number), (class_index == number).nonzero().flatten()
+        for number, rows in rows_by_class(class_index):
+            yield self.of_class(number), rows
 
     def _fuse_maximum(self, text_probability: Tensor, map_maximum: Tensor) -> Tensor:
         span = self.map_maximum_max - self.map_maximum_min
@@ -274,24 +357,23 @@ def _take(part: nn.Module, learned: Mapping[str, Tensor]) -> None:
         getattr(part, name).copy_(value)
 
 
-_PREDICTIONS = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
-
-
-def _class_index_of(batch: Batch[Any]) -> Tensor | None:
-    """The rows of the classes that :class:`AprilGAN`'s steps note on a batch."""
-    return getattr(batch, "class_index", None)
-
-
-def _rows_of(batch: Batch[Any], rows: Tensor) -> Any:  # noqa: ANN401  # has a batch's fields
-    """Some images of a batch, with the fields that bounds, thresholds and metrics are about."""
-    fields = {name: getattr(batch, name, None) for name in (*_PREDICTIONS, "gt_label", "gt_mask")}
-    return SimpleNamespace(**{name: None if value is None else value[rows] for name, value in fields.items()})
+# By name, the buffers that a user may read and set; anomalib hides two of them.
+_VALUES = {
+    "image_min": "image_min",
+    "image_threshold": "_image_threshold",
+    "image_max": "image_max",
+    "pixel_min": "pixel_min",
+    "pixel_threshold": "_pixel_threshold",
+    "pixel_max": "pixel_max",
+    "map_maximum_min": "map_maximum_min",
+    "map_maximum_max": "map_maximum_max",
+}
 
 
 def _together(parts: Sequence[tuple[Tensor, Any]]) -> dict[str, Tensor | None]:
     """Predictions of a batch from those of its classes, in the order of the batch."""
     order = torch.cat([rows for rows, _ in parts]).argsort()
-    values = {name: [getattr(part, name) for _, part in parts] for name in _PREDICTIONS}
+    values = {name: [getattr(part, name) for _, part in parts] for name in PREDICTIONS}
     return {name: None if given[0] is None else torch.cat(given)[order] for name, given in values.items()}
 
 
@@ -307,8 +389,18 @@ def _text_and_map(predictions: Batch[Any] | InferenceBatch) -> tuple[Tensor, Ten
     return predictions.pred_score, predictions.anomaly_map
 
 
+class _Threshold(F1AdaptiveThreshold):
+    """anomalib's; gathered across processes, its targets are one tensor, of which anomalib makes an object a pixel."""
+
+    def _has_anomalous_samples(self) -> bool:
+        return bool((dim_zero_cat(self.target) == 1).any())
+
+    def _has_normal_samples(self) -> bool:
+        return bool((dim_zero_cat(self.target) == 0).any())
+
+
 class _ScoreStore(Metric):
-    """Text probability, map maximum and label of every validation image, gathered across processes."""
+    """Text probability, what stands for the map, and label of validation images, gathered across processes."""
 
     full_state_update = False
     text_probability: list[Tensor]
@@ -320,9 +412,9 @@ class _ScoreStore(Metric):
         for name in ("text_probability", "map_maximum", "label"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, text_probability: Tensor, anomaly_map: Tensor, label: Tensor | None) -> None:
+    def update(self, text_probability: Tensor, map_maximum: Tensor, label: Tensor | None) -> None:
         self.text_probability.append(text_probability)
-        self.map_maximum.append(anomaly_map.flatten(1).amax(dim=1))
+        self.map_maximum.append(map_maximum)
         if label is not None:
             self.label.append(label)
 

@@ -105,7 +105,7 @@ class AprilGANPreProcessor(PreProcessor):
         self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
 
 
-def aspect_size(picture_size: tuple[int, int], side: int, patch_size: int) -> tuple[int, int]:
+def aspect_size(picture_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
     """Image size that keeps the shape of a picture at the cost of a square one.
 
     Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in

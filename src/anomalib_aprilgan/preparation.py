@@ -16,11 +16,15 @@ from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolv
 from .prompts import ALIASES, PromptEnsemble
 from .references import References, ReferenceSource, contents_of, read_reference, references_of_class
 from .tiling import tile_positions
-from .torch_model import AprilGANModel
+from .torch_model import AprilGANModel, HeldOut
 
 logger = logging.getLogger(__name__)
 
 _FROM_CHECKPOINT = "a checkpoint"
+# What checkpoints were made with that do not say it.
+_EARLIER_SETTINGS = {"tile_size": None, "smoothing_sigma": 0.0, "neighbourhood": 1, "top_share": 0.0}
+# What memory banks and the bounds of the fused score rest on, and nothing else.
+_OF_REFERENCES = {"neighbourhood", "top_share"}
 
 
 class Preparation:
@@ -37,6 +41,7 @@ class Preparation:
         references: The user's references; else the datamodule's training images.
         seed: Seed of their draw.
         tile_size: Side of the tiles that references are cut into; ``None`` for whole ones.
+        top_share: Share of a map's pixels whose mean stands for it in the fused score; 0 for its maximum.
 
     Attributes:
         provenance: What the adapters were trained on and for.
@@ -55,6 +60,7 @@ class Preparation:
         references: References | None,
         seed: int,
         tile_size: int | None = None,
+        top_share: float = 0.0,
     ) -> None:
         self.architecture = architecture
         self.pretrained = pretrained
@@ -66,6 +72,7 @@ class Preparation:
         self.references = references
         self.seed = seed
         self.tile_size = tile_size
+        self.top_share = top_share
         self.provenance = Provenance()
         self.reference_paths: dict[str, list[str]] = {}
         self._adapter_source: str | None = None
@@ -143,7 +150,7 @@ class Preparation:
         pre_processor: nn.Module | None,
         *,
         optional: bool,
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, HeldOut]:
         """Remember the references of every class, unless they are remembered already.
 
         Args:
@@ -163,9 +170,9 @@ class Preparation:
             return {}
         filled = {}
         for number, name in enumerate(model.class_names):
-            held_out_maxima = self._fill_one(model, number, name, datamodule, pre_processor, optional=optional)
-            if held_out_maxima is not None:
-                filled[number] = held_out_maxima
+            held_out = self._fill_one(model, number, name, datamodule, pre_processor, optional=optional)
+            if held_out is not None:
+                filled[number] = held_out
         return filled
 
     def _fill_one(
@@ -177,7 +184,7 @@ class Preparation:
         pre_processor: nn.Module | None,
         *,
         optional: bool,
-    ) -> Tensor | None:
+    ) -> HeldOut | None:
         bank = model.memory_bank(number)
         source = self._reference_source(name, model.class_names, datamodule)
         if not source.is_available:
@@ -197,11 +204,12 @@ class Preparation:
             return None
         pre_process = pre_processor or nn.Identity()
         pictures = [pre_process(self._tiles_of(read_reference(file).to(model.text_features.device))) for file in chosen]
-        held_out_maxima = model.remember(torch.cat(pictures), number, [len(tiles) for tiles in pictures])
+        tiles = [len(tiles) for tiles in pictures]
+        held_out = model.remember(torch.cat(pictures), number, tiles, self.top_share)
         self._reference_keys[name], self._reference_contents[name] = source.key, contents
         self.reference_paths[name] = [str(file) for file in chosen]
         logger.info("References of %s: %s", name, ", ".join(self.reference_paths[name]))
-        return held_out_maxima
+        return held_out
 
     def _reference_source(
         self, name: str, class_names: Sequence[str], datamodule: AnomalibDataModule | None
@@ -215,6 +223,14 @@ class Preparation:
         return ReferenceSource(
             self.k_shot, self.seed, None, datamodule if own else None, name if tells and name in tells else None
         )
+
+    def words_of(self, class_name: str) -> str:
+        """The words that stand for a class in the prompts."""
+        return self._words.get(class_name, class_name)
+
+    def number_of_tiles(self, picture: Tensor) -> int:
+        """Number of images that a memory bank remembers of a reference ``(1, 3, H, W)``."""
+        return len(self._tiles_of(picture))
 
     def _tiles_of(self, picture: Tensor) -> Tensor:
         """``(T, 3, H, W)``: the picture ``(1, 3, H, W)``, or its tiles side by side."""
@@ -258,7 +274,7 @@ class Preparation:
     def to_checkpoint(self, model: AprilGANModel) -> dict[str, Any]:
         """Plain data that a checkpoint needs beside the tensors."""
         return {
-            "class_names": {name: self._words.get(name, name) for name in model.class_names},
+            "class_names": {name: self.words_of(name) for name in model.class_names},
             "fingerprint": model.backbone.fingerprint if model.has_backbone else self._fingerprint,
             "clip": self._clip_settings(model),
             "prompts": self.prompts.to_dict(),
@@ -286,10 +302,11 @@ class Preparation:
                 f"the model has weights {model.backbone.fingerprint}."
             )
             raise ValueError(msg)
-        ours = self._clip_settings(model)
-        for name, theirs in learned["clip"].items():
-            if theirs != ours[name]:
-                msg = f"`{name}` of the checkpoint is {theirs}, of the model {ours[name]}. Set them alike."
+        few_shot = any(learned["references"].values())
+        given = _EARLIER_SETTINGS | learned["clip"]
+        for name, ours in self._clip_settings(model).items():
+            if given[name] != ours and (name not in _OF_REFERENCES or few_shot):
+                msg = f"`{name}` of the checkpoint is {given[name]}, of the model {ours}. Set them alike."
                 raise ValueError(msg)
         prefix = "adapters."
         adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -339,4 +356,7 @@ class Preparation:
             "quick_gelu": self.architecture.quick_gelu,
             "image_size": list(self.architecture.image_size),
             "tile_size": self.tile_size if self.k_shot else None,  # banks remember tiles
+            "smoothing_sigma": model.smoothing_sigma,
+            "neighbourhood": model.neighbourhood,
+            "top_share": self.top_share,
         }

@@ -82,7 +82,9 @@ class ReferenceSource:
         return draw_references(files, self.k_shot, self.seed, self.name)
 
 
-def references_of_class(references: References, class_name: str, class_names: Sequence[str]) -> OneClass:
+def references_of_class(
+    references: References, class_name: str, class_names: Sequence[str], argument: str = "references"
+) -> OneClass:
     """What the user gave for one of several classes: an entry of a mapping, or the folder of that name.
 
     Raises:
@@ -91,14 +93,14 @@ def references_of_class(references: References, class_name: str, class_names: Se
     if isinstance(references, Mapping):
         if class_name in references:
             return references[class_name]
-        msg = f"`references` has nothing for the class {class_name!r}, only for {', '.join(references)}. Add it."
+        msg = f"`{argument}` has nothing for the class {class_name!r}, only for {', '.join(references)}. Add it."
         raise ValueError(msg)
     if len(class_names) == 1:
         return references
     folder = Path(references).expanduser() / class_name if isinstance(references, (str, os.PathLike)) else None
     if folder is None or not folder.is_dir():
         msg = (
-            f"`references` must tell which images are of {class_name!r}: a mapping from {', '.join(class_names)} to "
+            f"`{argument}` must tell which images are of {class_name!r}: a mapping from {', '.join(class_names)} to "
             f"folders, or one folder with a folder of each of these names; got {references!r}."
         )
         raise ValueError(msg)
@@ -110,7 +112,7 @@ def contents_of(files: Sequence[Path]) -> list[str]:
     return [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
-def list_references(references: References) -> list[Path]:
+def list_references(references: References, argument: str = "references") -> list[Path]:
     """Image files of a folder (sorted), of one file, or of a list.
 
     Raises:
@@ -120,20 +122,20 @@ def list_references(references: References) -> list[Path]:
     if isinstance(references, (str, os.PathLike)):
         path = Path(references).expanduser()
         if not path.exists():
-            msg = f"`references`: {path} does not exist. Pass a folder of normal images or a list of image files."
+            msg = f"`{argument}`: {path} does not exist. Pass a folder of normal images or a list of image files."
             raise FileNotFoundError(msg)
         try:
             files = sorted(get_image_filenames(path))
         except ValueError:  # anomalib's word for a folder without images
             files = []
         if not files:
-            msg = f"`references`: {path} holds no images. Put normal images there, or pass another folder."
+            msg = f"`{argument}`: {path} holds no images. Put normal images there, or pass another folder."
             raise ValueError(msg)
         return files
     files = [Path(entry).expanduser() for entry in references]
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
-        msg = f"`references`: no file {missing[0]}." if missing else "`references` is an empty list."
+        msg = f"`{argument}`: no file {missing[0]}." if missing else f"`{argument}` is an empty list."
         raise FileNotFoundError(msg) if missing else ValueError(msg)
     return files
 
@@ -153,7 +155,7 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
     return [files[index] for index in order[:k_shot].tolist()]
 
 
-def read_reference(file: Path) -> Tensor:
+def read_reference(file: Path, argument: str = "references") -> Tensor:
     """One reference image, ``(1, 3, H, W)`` in ``[0, 1]``, read as :func:`~.data.reading.read_picture` does.
 
     Raises:
@@ -162,5 +164,5 @@ def read_reference(file: Path) -> Tensor:
     try:
         return read_picture(file).unsqueeze(0)
     except UnreadableImageError as error:
-        msg = f"`references`: {error}"
+        msg = f"`{argument}`: {error}"
         raise UnreadableImageError(msg, error.path) from error

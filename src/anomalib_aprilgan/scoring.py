@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur_image
 
 # The authors' constant (test.py); CLIP's learned logit_scale is not used.
 TEMPERATURE = 100.0
@@ -95,6 +96,63 @@ def distance_map(distance: Tensor, grid: tuple[int, int], size: tuple[int, int])
         ``(B, H, W)``.
     """
     return _to_map(distance.unsqueeze(-1), grid, size).squeeze(1)
+
+
+def neighbourhood_mean(patch_tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Tokens of every patch averaged with those of the patches around it (PatchCore, arXiv:2106.08265, sec. 3.1).
+
+    Args:
+        patch_tokens: ``(B, L, C)``, patches row by row.
+        grid: Rows and columns of patches, ``L`` in all.
+        side: Side of the square neighbourhood in patches, odd. At the border the patches that are there count.
+
+    Returns:
+        ``(B, L, C)`` in fp32; for a ``side`` of 1 the tokens as they are.
+    """
+    if side == 1:
+        return patch_tokens
+    planes = rearrange(patch_tokens.float(), "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+    means = F.avg_pool2d(planes, side, stride=1, padding=side // 2, count_include_pad=False)
+    return rearrange(means, "b c h w -> b (h w) c")
+
+
+def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
+    """A map blurred with a Gaussian, which is cut at four deviations and mirrored at the border.
+
+    Args:
+        anomaly_map: ``(B, H, W)``, both sides longer than :func:`smoothing_radius`.
+        sigma: Standard deviation in pixels; 0 for the map as it is.
+
+    Returns:
+        ``(B, H, W)``, between the lowest and the highest value of the map.
+    """
+    if not sigma:
+        return anomaly_map
+    side = 2 * smoothing_radius(sigma) + 1
+    blurred: Tensor = gaussian_blur_image(anomaly_map.unsqueeze(1), [side, side], [sigma, sigma])
+    return blurred.squeeze(1)
+
+
+def smoothing_radius(sigma: float) -> int:
+    """How many pixels :func:`smooth` looks to either side."""
+    return int(4.0 * sigma + 0.5)
+
+
+def map_statistic(anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
+    """The number that stands for a map in the score of its image.
+
+    Args:
+        anomaly_map: ``(B, H, W)``.
+        top_share: Share of the pixels, the highest ones, whose mean is taken: at least one pixel, 1 for all; 0 for
+            the maximum.
+
+    Returns:
+        ``(B,)``.
+    """
+    pixels = anomaly_map.flatten(1)
+    if not top_share:
+        return pixels.amax(dim=1)
+    return pixels.topk(max(1, round(top_share * pixels.shape[1])), dim=1).values.mean(dim=1)
 
 
 def _to_map(patches: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

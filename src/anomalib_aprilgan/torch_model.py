@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -13,8 +13,30 @@ from torch import Tensor, nn
 
 from .adapters import LinearAdapters
 from .backbone import ClipBackbone, VisionOutput
+from .class_rows import rows_by_class
 from .memory_bank import MemoryBank
-from .scoring import distance_map, nearest_normal_distance, text_logits, text_probability, text_probability_maps
+from .scoring import (
+    distance_map,
+    map_statistic,
+    nearest_normal_distance,
+    neighbourhood_mean,
+    smooth,
+    text_logits,
+    text_probability,
+    text_probability_maps,
+)
+
+
+class HeldOut(NamedTuple):
+    """What the few-shot maps of references reach, each held out of the memory bank in turn.
+
+    Attributes:
+        maxima: ``(K,)``, or empty where nothing can be held out (a single picture).
+        statistics: ``(K,)``, or empty: what stands for these maps in the score, see :func:`map_statistic`.
+    """
+
+    maxima: Tensor
+    statistics: Tensor
 
 
 class AprilGANModel(nn.Module):
@@ -28,6 +50,9 @@ class AprilGANModel(nn.Module):
         adapters: One linear map per stage of ``stages``.
         stages: Tapped blocks of the zero-shot map, ascending, counted from 1.
         memory_stages: Tapped blocks of the memory bank, ascending, counted from 1.
+        smoothing_sigma: Standard deviation in pixels of the Gaussian that maps are smoothed with; 0 for none.
+        neighbourhood: Odd side in patches of the square whose tokens are averaged before patches are compared with
+            the memory bank; 1 for the tokens as they are.
     """
 
     def __init__(
@@ -35,12 +60,16 @@ class AprilGANModel(nn.Module):
         adapters: LinearAdapters,
         stages: Sequence[int],
         memory_stages: Sequence[int],
+        smoothing_sigma: float = 0.0,
+        neighbourhood: int = 1,
     ) -> None:
         super().__init__()
         self.adapters = adapters
         self.memory_banks = nn.ModuleList()
         self.stages = tuple(stages)
         self.memory_stages = tuple(memory_stages)
+        self.smoothing_sigma = smoothing_sigma
+        self.neighbourhood = neighbourhood
         self.class_names: tuple[str, ...] = ()
         self.register_buffer("text_features", torch.empty(0))
         self.text_features: Tensor
@@ -142,6 +171,7 @@ class AprilGANModel(nn.Module):
             anomaly_map = _zero_shot_map(probabilities)
             if self.is_few_shot:
                 anomaly_map = anomaly_map + self._memory_maps(self._memory_tokens(output), size, class_index)
+            anomaly_map = smooth(anomaly_map, self.smoothing_sigma)
             pred_score = text_probability(output.image_feature.float(), text_features)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map), probabilities
 
@@ -167,7 +197,9 @@ class AprilGANModel(nn.Module):
         return output
 
     @torch.no_grad()
-    def remember(self, images: Tensor, number: int = 0, tiles: Sequence[int] | None = None) -> Tensor:
+    def remember(
+        self, images: Tensor, number: int = 0, tiles: Sequence[int] | None = None, top_share: float = 0.0
+    ) -> HeldOut:
         """Fill the memory bank of a class with normal images, one vision pass each.
 
         Args:
@@ -175,10 +207,10 @@ class AprilGANModel(nn.Module):
             number: Row of ``text_features``.
             tiles: How many of the images, one after the other, are tiles of the same picture; else every image is a
                 picture.
+            top_share: As in :func:`map_statistic`; over all tiles of a picture.
 
         Returns:
-            Maximum of the few-shot map of every picture, the picture itself held out of the bank: one each, or
-            empty where nothing can be held out (a single picture).
+            What the few-shot map of every picture reaches, the picture itself held out of the bank.
         """
         size, bank = (images.shape[-2], images.shape[-1]), self.memory_bank(number)
         ends = list(accumulate(tiles or [1] * len(images)))
@@ -193,15 +225,18 @@ class AprilGANModel(nn.Module):
                     zero_shot_maps.append(_zero_shot_map(self._probability_maps(output, text_features, size)))
         bank.fill([torch.cat(stage) for stage in zip(*tokens, strict=True)])
         if len(pictures) == 1:
-            return images.new_empty(0)
-        maxima = [
-            max(
-                (zero_shot_maps[shot] + self._memory_map(tokens[shot], size, bank, without=picture)).amax()
-                for shot in picture
-            )
-            for picture in pictures
-        ]
-        return torch.stack(maxima)
+            return HeldOut(images.new_empty(0), images.new_empty(0))
+        maxima, statistics = [], []
+        for picture in pictures:
+            with _full_precision(images):
+                maps = [
+                    zero_shot_maps[shot] + self._memory_map(tokens[shot], size, bank, without=picture)
+                    for shot in picture
+                ]
+                whole = smooth(torch.cat(maps), self.smoothing_sigma).flatten()[None]
+            maxima.append(map_statistic(whole))
+            statistics.append(map_statistic(whole, top_share))
+        return HeldOut(torch.cat(maxima), torch.cat(statistics))
 
     @property
     def _tapped(self) -> list[int]:
@@ -209,7 +244,12 @@ class AprilGANModel(nn.Module):
 
     def _memory_tokens(self, output: VisionOutput) -> list[Tensor]:
         tokens = zip(self._tapped, output.patch_tokens, strict=True)
-        return [stage_tokens for stage, stage_tokens in tokens if stage in self.memory_stages]
+        grid = self.backbone.architecture.grid
+        return [
+            neighbourhood_mean(stage_tokens, grid, self.neighbourhood)
+            for stage, stage_tokens in tokens
+            if stage in self.memory_stages
+        ]
 
     def _probability_maps(self, output: VisionOutput, text_features: Tensor, size: tuple[int, int]) -> list[Tensor]:
         tokens = zip(self._tapped, output.patch_tokens, strict=True)
@@ -222,8 +262,7 @@ class AprilGANModel(nn.Module):
         if class_index is None or len(self.memory_banks) == 1:
             return self._memory_map(patch_tokens, size, self.memory_bank())
         maps = patch_tokens[0].new_zeros((len(class_index), *size), dtype=torch.float32)
-        for number in sorted(set(class_index.tolist())):
-            rows = class_index == number
+        for number, rows in rows_by_class(class_index):
             maps[rows] = self._memory_map([tokens[rows] for tokens in patch_tokens], size, self.memory_bank(number))
         return maps
 

@@ -26,6 +26,11 @@ def build(class_name: str, **overrides: object) -> AprilGAN:
     )
 
 
+@pytest.fixture(autouse=True)
+def one_number_of_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "SHOTS", (4,))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("drawn")

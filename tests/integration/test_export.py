@@ -93,6 +93,29 @@ def test_export_at_a_fixed_size_keeps_the_batch_open(april_gan: Callable[..., Ap
     assert np.abs(run_onnx(images.numpy())["anomaly_map"] - expected.anomaly_map.numpy()).max() < MAPS_FROM_FILES
 
 
+def test_options_are_exported(
+    april_gan: Callable[..., AprilGAN], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    options = {"smoothing_sigma": 1.5, "neighbourhood": 3, "top_share": 0.02, "aspect_ratio": 1.5}
+    model = april_gan(class_name="bottle", k_shot=2, references=REFERENCES, **options)
+    model.setup("predict")
+    model.post_processor.enable_normalization = False
+    onnx = model.eval().to_onnx(tmp_path)
+    run_onnx = _onnx_runner(onnx)
+    run_openvino = openvino.Core().compile_model(onnx, "CPU")  # what `to_openvino` starts from
+    by_torch = TorchInferencer(model.to_torch(tmp_path), device="cpu").model
+    images = torch.rand(3, 3, 80, 112, generator=torch.Generator().manual_seed(0))
+    images = (images * 255).round() / 255
+    with torch.no_grad():
+        expected, from_file = model(images), by_torch(images)
+    outputs = (run_onnx(images.numpy()), run_openvino(images.numpy()), from_file._asdict())
+    for name, tolerance in (("anomaly_map", MAPS), ("pred_score", SCORES)):
+        reference = getattr(expected, name).numpy()
+        assert reference.shape == ((3, 80, 112) if name == "anomaly_map" else (3,))
+        assert all(np.abs(np.asarray(output[name]) - reference).max() < tolerance for output in outputs)
+
+
 def test_exports_leave_the_text_tower_out(exported: Exported) -> None:
     text_bytes = 4 * sum(parameter.numel() for parameter in exported.model.model.backbone.text.parameters())
     for path in (exported.torch, exported.onnx, exported.openvino):

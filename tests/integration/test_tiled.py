@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from numpy.typing import NDArray
 from torch import Tensor
 
-from anomalib_aprilgan import AprilGAN, AuxiliaryData
+from anomalib_aprilgan import AprilGAN, AuxiliaryData, built_in
+from anomalib_aprilgan.data.drawing import TEXTURES, draw_twins
+from anomalib_aprilgan.drawn_clip.pretrain import UNSEEN_CATEGORIES
 from anomalib_aprilgan.pre_processing import AprilGANPreProcessor
 from anomalib_aprilgan.tiling import TiledMap
 
 from ..conftest import DATASET
 
 Build = Callable[..., AprilGAN]
+BUILT_IN: dict[str, Any] = {
+    "backbone": built_in.ARCHITECTURE,
+    "pretrained": built_in.PRETRAINED,
+    "image_size": built_in.IMAGE_SIZE,
+    "stages": built_in.STAGES,
+    "memory_stages": built_in.MEMORY_STAGES,
+}
+# A process of its own: the peak of this one would be that of the largest test.
+MEMORY = f"""
+import torch
+from anomalib_aprilgan import AprilGAN
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+model = AprilGAN(**{BUILT_IN!r}, class_name="leather", tile_size=1024)
+model.setup("predict")
+model.eval()
+model(torch.rand(1, 3, 1024, 1024))
+before = peak()
+with torch.no_grad():
+    out = model(torch.rand(1, 3, 4096, 8192))
+assert out.anomaly_map.shape == out.pred_mask.shape == (1, 4096, 8192)
+print(peak() - before)
+"""
 
 
 def engine(folder: Path, **options: Any) -> Engine:
@@ -118,3 +152,67 @@ def test_bank_of_tiles_does_not_serve_whole_images(april_gan: Build, tmp_path: P
         engine(tmp_path).predict(
             april_gan(**given), data_path=DATASET / "tile" / "test" / "hole", ckpt_path=tmp_path / "tiled.ckpt"
         )
+
+
+# -- what tiles are for -------------------------------------------------------------------------------
+
+SIDE, ROWS, COLUMNS = 256, 4, 8
+
+
+def spread(piece: NDArray[Any]) -> NDArray[Any]:
+    """A piece of a texture, mirrored again and again until it fills 2048 x 1024 pixels without a seam."""
+    borders = [(0, (ROWS - 1) * SIDE), (0, (COLUMNS - 1) * SIDE), (0, 0)][: piece.ndim]
+    return np.pad(piece, borders, mode="symmetric")
+
+
+def large_picture(category: str, seed: int, kind: str) -> tuple[Tensor, Tensor]:
+    """``(3, 1024, 2048)`` of a texture with one defect, at a place drawn by the seed, and its mask ``(1024, 2048)``."""
+    twins = draw_twins(category, seed, 0, kind, SIDE)
+    places = np.zeros((ROWS * SIDE, COLUMNS * SIDE), dtype=bool)
+    rng = np.random.default_rng(seed)
+    top, left = SIDE * rng.integers(ROWS), SIDE * rng.integers(COLUMNS)
+    places[top : top + SIDE, left : left + SIDE] = True
+    mask = spread(twins.mask) & places
+    pixels = np.where(mask[..., None], spread(twins.bad), spread(twins.good))
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255, torch.from_numpy(mask)
+
+
+def points_at(anomaly_map: Tensor, mask: Tensor, patch: tuple[int, int]) -> bool:
+    """Whether the maximum of a map lies on the defect, or less than a patch (height, width in pixels) beside it."""
+    full = F.interpolate(anomaly_map[None, None], mask.shape, mode="bilinear")[0, 0]
+    row, column = divmod(int(full.argmax()), mask.shape[1])
+    rows, columns = mask.nonzero(as_tuple=True)
+    return bool((((rows - row).abs() < patch[0]) & ((columns - column).abs() < patch[1])).any())
+
+
+def test_small_defects_of_large_pictures_are_found_in_tiles_alone() -> None:
+    """Twelve pictures of textures that nobody was shown, each with one small defect in 2 million pixels.
+
+    Zero-shot. "Found" is within a patch, which of a squashed picture are 85 x 170 pixels.
+    """
+    grid = built_in.IMAGE_SIZE // 8
+    textures = [category for category in UNSEEN_CATEGORIES if category in TEXTURES]
+    assert textures == ["leather", "tile"]
+    found = []
+    for category in textures:
+        tiled = raw(AprilGAN(**BUILT_IN, class_name=category, tile_size=SIDE))
+        whole = raw(AprilGAN(**BUILT_IN, class_name=category))
+        for seed, kind in product((1, 2), ("crack", "contamination", "fibre")):
+            image, mask = large_picture(category, seed, kind)
+            assert 0 < mask.float().mean() < 0.0005
+            with torch.no_grad():
+                maps = tiled(image[None]).anomaly_map[0], whole(image[None]).anomaly_map[0]
+            patches = (SIDE // grid, SIDE // grid), (image.shape[1] // grid, image.shape[2] // grid)
+            found.append([points_at(one, mask, patch) for one, patch in zip(maps, patches, strict=True)])
+    in_tiles, at_once = np.array(found).T
+    assert in_tiles.mean() >= 2 / 3
+    assert at_once.mean() <= 1 / 2
+    assert (in_tiles & ~at_once).mean() >= 1 / 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+def test_memory_of_a_very_large_image() -> None:
+    """8192 x 4096 pixels through all of the model: the image takes 403 MB, its map 134."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=250, check=False)
+    assert run.returncode == 0, run.stderr
+    assert 500 < int(run.stdout) / 1e6 < 2000

@@ -17,21 +17,21 @@ GROUND = (
     "losses",
     "weights",
     "pre_processing",
-    "post_processing",
-    "evaluator",
     "class_names",
+    "class_rows",
+    "ranks",
     "tiling",
 )
 # Floors from the ground up; a module imports from lower ones alone. The packages `data`, `evaluation` and
 # `drawn_clip` are one room each: inside them modules may import each other.
 FLOORS = [
     GROUND,
-    ("data",),
-    ("pretrained", "references"),
-    ("backbone",),
-    ("checkpoint",),
+    ("data", "post_processing", "evaluator"),
+    ("pretrained", "references", "visualization", "decisions"),
+    ("backbone", "calibration"),
+    ("checkpoint", "arguments"),
     ("torch_model",),
-    ("preparation",),
+    ("preparation", "export"),
     ("lightning_model",),
     ("plugin",),
     ("__init__",),

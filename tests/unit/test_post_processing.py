@@ -110,6 +110,17 @@ class TestFusion:
         assert not plain.pred_label.item()
         assert fused.pred_label.item()
 
+    def test_the_mean_of_the_highest_pixels_in_place_of_the_maximum(self) -> None:
+        post_processor = AprilGANPostProcessor(map_limit=8.0, top_share=0.25)
+        maps = torch.zeros(1, 4, 2)
+        maps[0, 1], maps[0, 3, 0] = torch.tensor([6.0, 4.0]), 1.0
+        assert post_processor.fuse(torch.tensor([0.5]), maps).item() == pytest.approx(0.5 * (0.5 + 5.0 / 8.0))
+
+    @pytest.mark.parametrize("top_share", [-0.1, 1.1, float("nan")])
+    def test_share_out_of_range(self, top_share: float) -> None:
+        with pytest.raises(ValueError, match=rf"`top_share` must be a share of the map in \[0, 1\].*got {top_share}"):
+            AprilGANPostProcessor(top_share=top_share)
+
     def test_fusion_without_a_map(self) -> None:
         predictions = InferenceBatch(pred_score=torch.tensor([0.2]), anomaly_map=None)
         with pytest.raises(ValueError, match="fused from `pred_score` and `anomaly_map`, and one of them is missing"):
@@ -200,6 +211,27 @@ class TestValidation:
         batch = self.batch([0.5], [3.0], [1])
         post_processor.post_process_batch(batch)
         assert batch.pred_score.item() == pytest.approx(0.5 * (0.5 + 0.5))
+
+    def test_bounds_are_those_of_what_stands_for_the_map(self) -> None:
+        post_processor = AprilGANPostProcessor(8.0, fuse_map_maximum=True, top_share=0.125)  # 2 of 16 pixels
+        self.validate(post_processor, self.batch([0.1, 0.8], [1.0, 5.0], [0, 1]))
+        assert (post_processor.map_maximum_min.item(), post_processor.map_maximum_max.item()) == (0.5, 2.5)
+        assert post_processor.pixel_max.item() == 5.0
+        assert post_processor.image_max.item() == pytest.approx(0.9)
+
+    def test_classes_have_the_share_of_the_whole(self) -> None:
+        post_processor = AprilGANPostProcessor(8.0, fuse_map_maximum=True, top_share=0.125)
+        post_processor.set_classes(["left", "right"])
+        batch = self.batch([0.1, 0.8, 0.2], [1.0, 5.0, 7.0], [0, 1, 1])
+        batch.class_index = torch.tensor([0, 0, 1])
+        self.validate(post_processor, batch)
+        assert post_processor.of_class(0).map_maximum_max.item() == 2.5
+
+    def test_held_out_references_bound_the_score_by_the_statistic_and_pixels_by_the_maximum(self) -> None:
+        post_processor = AprilGANPostProcessor(8.0, top_share=0.01)
+        post_processor.set_defaults(8.0, torch.tensor([3.0, 2.0]), torch.tensor([1.0, 1.5]))
+        assert post_processor.map_maximum_min.item() == 1.0
+        assert post_processor.pixel_threshold.item() == 3.0
 
     def test_a_second_validation_forgets_the_first(self) -> None:
         post_processor = AprilGANPostProcessor(8.0, fuse_map_maximum=True)

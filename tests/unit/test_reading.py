@@ -18,11 +18,10 @@ from torchvision.tv_tensors import Image as TensorImage
 
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data import AuxiliaryData, reading
-from anomalib_aprilgan.data.reading import (
+from anomalib_aprilgan.data.reading import UnreadableImageError, read_picture
+from anomalib_aprilgan.data.reading_hooks import (
     SkippingLoader,
-    UnreadableImageError,
     read_data_of,
-    read_picture,
     read_rightly,
     skip_unreadable,
     unreadable_files,

@@ -12,7 +12,11 @@ from torch import Tensor
 from anomalib_aprilgan.scoring import (
     TEMPERATURE,
     distance_map,
+    map_statistic,
     nearest_normal_distance,
+    neighbourhood_mean,
+    smooth,
+    smoothing_radius,
     text_logits,
     text_probability,
     text_probability_maps,
@@ -178,3 +182,77 @@ class TestNearestNormalDistance:
     def test_empty_bank(self) -> None:
         with pytest.raises(RuntimeError, match=r"memory bank is empty: fill it with `MemoryBank.fill`"):
             nearest_normal_distance(random(1, 4, 8), [])
+
+
+class TestNeighbourhoodMean:
+    def test_by_hand(self) -> None:
+        tokens = torch.arange(12.0).reshape(1, 12, 1)  # 3 rows of 4
+        means = neighbourhood_mean(tokens, (3, 4), 3)[0, :, 0].reshape(3, 4)
+        assert means[0, 0].item() == pytest.approx((0 + 1 + 4 + 5) / 4)  # a corner has three neighbours
+        assert means[0, 1].item() == pytest.approx((0 + 1 + 2 + 4 + 5 + 6) / 6)
+        assert means[1, 2].item() == pytest.approx(6.0)
+
+    @pytest.mark.parametrize("side", [1, 3, 5, 9])
+    def test_matches_loops(self, side: int) -> None:
+        tokens, reach = random(2, 12, 3), side // 2
+        planes = tokens.reshape(2, 4, 3, 3)
+        means = neighbourhood_mean(tokens, (4, 3), side).reshape(2, 4, 3, 3)
+        for row in range(4):
+            for column in range(3):
+                rows = slice(max(0, row - reach), row + reach + 1)
+                columns = slice(max(0, column - reach), column + reach + 1)
+                torch.testing.assert_close(means[:, row, column], planes[:, rows, columns].mean(dim=(1, 2)))
+
+    def test_constant_tokens_stay_and_a_side_of_one_changes_nothing(self) -> None:
+        tokens = random(1, 1, 5).repeat(2, 12, 1)
+        torch.testing.assert_close(neighbourhood_mean(tokens, (3, 4), 3), tokens)
+        half = random(1, 12, 5).bfloat16()
+        assert neighbourhood_mean(half, (3, 4), 1) is half
+        assert neighbourhood_mean(half, (3, 4), 3).dtype == torch.float32
+
+
+class TestSmoothing:
+    def test_by_hand(self) -> None:
+        point = torch.zeros(1, 21, 21)
+        point[0, 10, 10] = 1.0
+        weights = [math.exp(-0.5 * offset**2 / 1.5**2) for offset in range(-6, 7)]
+        assert smoothing_radius(1.5) == 6
+        smoothed = smooth(point, 1.5)[0]
+        expected = weights[8] / sum(weights) * weights[5] / sum(weights)  # two down, one to the left
+        assert smoothed[12, 9].item() == pytest.approx(expected, rel=1e-4)
+        assert smoothed[10, 3].item() == 0.0
+        assert smoothed.sum().item() == pytest.approx(1.0, abs=1e-5)
+
+    def test_constant_maps_stay_and_others_keep_their_range(self) -> None:
+        constant = torch.full((2, 20, 30), 2.5)
+        torch.testing.assert_close(smooth(constant, 2.0), constant)
+        anomaly_map = random(3, 20, 30)
+        smoothed = smooth(anomaly_map, 1.0)
+        assert smoothed.shape == (3, 20, 30)
+        assert anomaly_map.min() < smoothed.min() < smoothed.max() < anomaly_map.max()
+
+    def test_linear_and_image_by_image(self) -> None:
+        first, second = random(2, 12, 14), random(2, 12, 14, seed=1)
+        torch.testing.assert_close(smooth(first + 2 * second, 1.0), smooth(first, 1.0) + 2 * smooth(second, 1.0))
+        torch.testing.assert_close(smooth(first, 1.0)[1:], smooth(first[1:], 1.0))
+
+    def test_none_leaves_the_map(self) -> None:
+        anomaly_map = random(1, 4, 4)
+        assert smooth(anomaly_map, 0.0) is anomaly_map
+
+
+class TestMapStatistic:
+    def test_by_hand(self) -> None:
+        anomaly_map = torch.tensor([[[1.0, 7.0], [3.0, 5.0]], [[0.0, 0.0], [4.0, 0.0]]])
+        assert map_statistic(anomaly_map).tolist() == [7.0, 4.0]
+        assert map_statistic(anomaly_map, 0.5).tolist() == [6.0, 2.0]
+
+    def test_all_pixels_give_the_mean_and_hardly_any_the_maximum(self) -> None:
+        anomaly_map = random(3, 9, 11)
+        torch.testing.assert_close(map_statistic(anomaly_map, 1.0), anomaly_map.mean(dim=(1, 2)))
+        assert torch.equal(map_statistic(anomaly_map, 1e-9), anomaly_map.amax(dim=(1, 2)))
+
+    def test_falls_with_the_share(self) -> None:
+        anomaly_map = random(3, 10, 10)
+        statistics = [map_statistic(anomaly_map, share) for share in (0.0, 0.02, 0.1, 0.5, 1.0)]
+        assert all((more < fewer).all() for fewer, more in pairwise(statistics))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anomalib_aprilgan.adapters import LinearAdapters
 from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.scoring import map_statistic, neighbourhood_mean, smooth
 from anomalib_aprilgan.torch_model import AprilGANModel
 
 CLASSES = ("bolt", "nut", "pill")
@@ -34,10 +35,11 @@ def build(small_clip: Any) -> Build:
         memory_stages: Sequence[int] | None = None,
         classes: Sequence[str] = CLASSES[:1],
         image_size: tuple[int, int] = (64, 64),
+        **options: Any,
     ) -> AprilGANModel:
         torch.manual_seed(0)
         adapters = LinearAdapters(len(stages), 64, 40)
-        model = AprilGANModel(adapters, stages, stages if memory_stages is None else memory_stages)
+        model = AprilGANModel(adapters, stages, stages if memory_stages is None else memory_stages, **options)
         architecture = ClipArchitecture.load(str(small_clip.gelu), image_size, None)
         model.attach_backbone(load_clip(architecture, str(small_clip.weights)))
         model.set_classes(classes, text_features(len(classes)))
@@ -170,7 +172,7 @@ class TestOrderOfCalls:
             getattr(model, call)(images(1))
 
     def test_the_only_reference_cannot_be_held_out(self, build: Build) -> None:
-        assert build().remember(images(1)).shape == (0,)
+        assert [values.shape for values in build().remember(images(1))] == [(0,), (0,)]
 
 
 class TestTraining:
@@ -226,13 +228,51 @@ class TestFewShot:
         for shot in range(3):
             model.remember(references[[other for other in range(3) if other != shot]])
             expected.append(model(references[shot : shot + 1]).anomaly_map.amax())
-        torch.testing.assert_close(model.remember(references), torch.stack(expected), atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.remember(references).maxima, torch.stack(expected), atol=1e-5, rtol=0)
 
     def test_held_out_maxima_of_twins_are_their_zero_shot_maxima(self, build: Build) -> None:
         model, image = build(), images(1)
         zero_shot = model(image).anomaly_map.amax()
         twins = image.repeat(2, 1, 1, 1)
-        torch.testing.assert_close(model.remember(twins), zero_shot.repeat(2), atol=2e-5, rtol=0)
+        torch.testing.assert_close(model.remember(twins).maxima, zero_shot.repeat(2), atol=2e-5, rtol=0)
+
+
+class TestOptions:
+    def test_smoothing_is_of_the_whole_map(self, build: Build) -> None:
+        plain, smoothed = build((2, 4)), build((2, 4), smoothing_sigma=2.0)
+        for model in (plain, smoothed):
+            model.remember(images(2, seed=8))
+        expected, out = plain(images(2)), smoothed(images(2))
+        torch.testing.assert_close(out.anomaly_map, smooth(expected.anomaly_map, 2.0))
+        assert torch.equal(out.pred_score, expected.pred_score)
+
+    def test_neighbourhoods_are_those_of_bank_and_image_alike(self, build: Build) -> None:
+        model, references = build((2, 4), (3,), neighbourhood=3), images(2, seed=8)
+        zero_shot = model(references).anomaly_map
+        model.remember(references)
+        tokens = neighbourhood_mean(model.backbone(references, [3]).patch_tokens[0], (8, 8), 3)
+        torch.testing.assert_close(model.memory_bank().tokens[0], F.normalize(tokens, dim=-1))
+        torch.testing.assert_close(model(references).anomaly_map, zero_shot, atol=2e-5, rtol=0)  # seen before
+        assert torch.equal(zero_shot, build((2, 4), (3,))(references).anomaly_map)  # the zero-shot map has none
+
+    def test_held_out_values_are_those_of_the_maps_that_an_image_gets(self, build: Build) -> None:
+        model, references = build((2, 4), smoothing_sigma=1.0, neighbourhood=3), images(3, seed=8)
+        maps = []
+        for shot in range(3):
+            model.remember(references[[other for other in range(3) if other != shot]])
+            maps.append(model(references[shot : shot + 1]).anomaly_map)
+        held_out = model.remember(references, top_share=0.1)
+        torch.testing.assert_close(held_out.maxima, torch.cat(maps).amax(dim=(1, 2)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(held_out.statistics, map_statistic(torch.cat(maps), 0.1), atol=1e-5, rtol=0)
+        assert (held_out.statistics < held_out.maxima).all()
+
+    def test_the_share_is_of_all_tiles_of_a_picture(self, build: Build) -> None:
+        model, tiles = build((2,)), images(4, seed=8)
+        model.remember(tiles[2:])
+        maps = model(tiles[:2]).anomaly_map
+        held_out = model.remember(tiles, tiles=[2, 2], top_share=0.01)
+        assert held_out.maxima.shape == (2,)
+        torch.testing.assert_close(held_out.statistics[0], map_statistic(maps.reshape(1, 128, 64), 0.01)[0])
 
 
 class TestPrecision:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
-import torch
-from anomalib import TaskType
-from anomalib.data import AnomalibDataModule, AnomalibDataset, Folder, MVTecAD, Visa
-from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
-from anomalib.data.datasets.image.mvtecad import CATEGORIES as MVTEC_AD_CATEGORIES
+from anomalib.data import AnomalibDataModule, AnomalibDataset, Folder
 from anomalib.data.errors import MisMatchError
-from anomalib.data.utils import LabelName, ValSplitMode, read_image
+from anomalib.data.utils import ValSplitMode
 from anomalib.data.utils.split import random_split
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
-from torchvision.tv_tensors import Image, Mask
 
-from .class_batch import ClassImageBatch, ClassImageItem
-from .mosaic import mosaic
-from .synthetic import synthetic_defect
-
-_DATASETS: dict[str, tuple[Callable[..., AnomalibDataModule], tuple[str, ...]]] = {
-    "mvtec": (MVTecAD, MVTEC_AD_CATEGORIES),
-    "visa": (Visa, VISA_CATEGORIES),
-}
+from .gathering import GatheredData
+from .multi_category import EpochSampler, MultiCategoryDataset
 
 
-class AuxiliaryData(AnomalibDataModule):
+class AuxiliaryData(GatheredData):
     """Trains adapters on the test images of many categories at once, each image under its own class name.
 
     The paper's auxiliary training (arXiv:2305.17382, sec. 3.1): all test images of another data
@@ -84,7 +70,16 @@ class AuxiliaryData(AnomalibDataModule):
         train_augmentations: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(train_batch_size, eval_batch_size, num_workers, train_augmentations=train_augmentations)
+        super().__init__(
+            dataset,
+            root,
+            categories,
+            datamodules,
+            train_batch_size,
+            eval_batch_size,
+            num_workers,
+            train_augmentations,
+        )
         for name, rate in (("mosaic_rate", mosaic_rate), ("synthetic_rate", synthetic_rate)):
             if not 0.0 <= rate <= 1.0:
                 msg = f"`{name}` must lie in [0, 1], got {rate}."
@@ -95,10 +90,6 @@ class AuxiliaryData(AnomalibDataModule):
         if val_split_ratio and validation is not None:
             msg = "`val_split_ratio` and `validation` are two ways to validate: give one of them."
             raise ValueError(msg)
-        self.datamodules = [*_expand(dataset, root, categories), *(datamodules or [])]
-        if not self.datamodules:
-            msg = f"`dataset` must be one of {tuple(_DATASETS)}, or `datamodules` a list of datamodules; got neither."
-            raise ValueError(msg)
         self.mosaic_rate = mosaic_rate
         self.synthetic_rate = synthetic_rate
         self.held_out_ratio = val_split_ratio
@@ -106,30 +97,8 @@ class AuxiliaryData(AnomalibDataModule):
         self.seed = seed
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names that stand for the objects in the prompts, training and validation."""
-        modules = [*self.datamodules, *([self.validation] if self.validation else [])]
-        return tuple(dict.fromkeys(_class_name(module) for module in modules))
-
-    @property
-    def sources(self) -> dict[str, list[str]]:
-        """Names of the data sets trained on and their categories: the provenance of the adapters."""
-        sources: dict[str, list[str]] = {}
-        for module in self.datamodules:
-            sources.setdefault(module.name, []).extend([module.category] if module.category else [])
-        return sources
-
-    def prepare_data(self) -> None:
-        """Let every datamodule fetch or write its files."""
-        for module in [*self.datamodules, *([self.validation] if self.validation else [])]:
-            module.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Gather the test images of all datamodules, once."""
-        if not self._is_setup:
-            self._setup(stage)
-            self._is_setup = True
-        self._update_augmentations()
+    def _modules_read(self) -> list[AnomalibDataModule]:
+        return [*self.datamodules, *([self.validation] if self.validation else [])]
 
     def _setup(self, _stage: str | None = None) -> None:
         gathered = MultiCategoryDataset(
@@ -193,133 +162,6 @@ class AuxiliaryData(AnomalibDataModule):
         return cast("DataLoader[Any]", super().val_dataloader())
 
 
-class MultiCategoryDataset(AnomalibDataset):
-    """Images of several data sets as one, each under its class name.
-
-    Items are read by the data set they come from, so that whatever it does with masks is kept.
-
-    Args:
-        datasets: anomalib's data sets; their own augmentations are not applied.
-        datamodules: Where they come from, for the class names.
-
-    Raises:
-        ValueError: An image is neither normal nor anomalous.
-    """
-
-    def __init__(self, datasets: Sequence[AnomalibDataset], datamodules: Sequence[AnomalibDataModule]) -> None:
-        super().__init__()
-        self.datasets = list(datasets)
-        self.mosaic_rate = 0.0
-        self.synthetic_rate = 0.0
-        self.seed = 0
-        self.epoch = 0
-        tables = []
-        for number, (dataset, module) in enumerate(zip(self.datasets, datamodules, strict=True)):
-            dataset.augmentations = None
-            table = dataset.samples.reset_index(drop=True)
-            if not table.label_index.isin([LabelName.NORMAL, LabelName.ABNORMAL]).all():
-                msg = f"`datamodules`: some images of {_class_name(module)} are labelled neither normal nor anomalous."
-                raise ValueError(msg)
-            tables.append(
-                table.assign(
-                    dataset=number,
-                    item=table.index,
-                    class_name=_class_name(module),
-                    has_mask=_has_mask(dataset, table),
-                    good_only=not dataset.has_anomalous,
-                )
-            )
-        self.samples = pd.concat(tables, ignore_index=True)
-        self.samples.attrs["task"] = TaskType.SEGMENTATION
-
-    @property
-    def has_anomalous(self) -> bool:
-        """Whether there are defects, real or synthetic."""
-        return bool(super().has_anomalous or (self.synthetic_rate and self.samples.good_only.any()))
-
-    def __getitem__(self, index: int) -> ClassImageItem:
-        """One image, or with probability ``mosaic_rate`` four of its category, with mask and class name."""
-        row = self.samples.iloc[index]
-        seeds = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(2, np.uint64) >> 1
-        generator = torch.Generator().manual_seed(int(seeds[0]))
-        if self.mosaic_rate and torch.rand((), generator=generator) < self.mosaic_rate:
-            image, mask, is_anomalous = self._mosaic(row, generator)
-        else:
-            image, mask, is_anomalous = self._read(row)
-        has_mask = mask is not None
-        if mask is None:
-            mask = _empty_mask(image)
-        if self.augmentations:
-            image, mask = self.augmentations(image, mask)
-        if row.good_only and torch.rand((), generator=generator) < self.synthetic_rate:
-            image, mask = synthetic_defect(image, int(seeds[1]))
-            is_anomalous = bool(mask.any())
-        item = ClassImageItem(
-            image=image,
-            gt_mask=mask,
-            gt_label=torch.tensor(int(is_anomalous)),
-            image_path=row.image_path,
-            class_name=row.class_name,
-        )
-        return item if has_mask else ClassImageItem.without_mask(item)
-
-    @property
-    def collate_fn(self) -> Callable[..., Any]:
-        """Collates items with class names."""
-        return ClassImageBatch.collate
-
-    def _read(self, row: Any) -> tuple[Image, Mask | None, bool]:  # noqa: ANN401  # a row of a pandas table
-        """Image, mask where there is one, and whether it is anomalous."""
-        is_anomalous = row.label_index != LabelName.NORMAL
-        if is_anomalous and not row.has_mask:  # a data set with masks for others would look for its file
-            return read_image(row.image_path, as_tensor=True), None, True
-        item = self.datasets[row.dataset][row["item"]]
-        if item.gt_mask is None and not is_anomalous:
-            return item.image, _empty_mask(item.image), False
-        return item.image, item.gt_mask, is_anomalous
-
-    def _mosaic(self, row: Any, generator: torch.Generator) -> tuple[Image, Mask | None, bool]:  # noqa: ANN401
-        """Four images of a category: a defect folder at random (good included), then one of its files, four times."""
-        table = self.samples[self.samples.dataset == row.dataset]
-        folders = [group for _, group in table.groupby(table.image_path.map(lambda path: str(Path(path).parent)))]
-        picks = []
-        for _ in range(4):
-            folder = folders[int(torch.randint(len(folders), (), generator=generator))]
-            picks.append(self._read(folder.iloc[int(torch.randint(len(folder), (), generator=generator))]))
-        masks = [_empty_mask(image) if mask is None else mask for image, mask, _ in picks]
-        image, mask = mosaic([image for image, _, _ in picks], masks)
-        if any(mask is None for _, mask, _ in picks):
-            return Image(image), None, True
-        return Image(image), Mask(mask), bool(mask.any())
-
-
-class EpochSampler(DistributedSampler[Any]):
-    """Shuffles by seed and epoch, and tells the data set which epoch it is."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of every epoch."""
-        super().set_epoch(epoch)
-        cast("MultiCategoryDataset", self.dataset).epoch = epoch
-
-
-def _expand(dataset: str | None, root: str | Path | None, categories: list[str] | None) -> list[AnomalibDataModule]:
-    if dataset is None:
-        if categories is not None:
-            msg = "`categories` belong to `dataset`, which is not given; `datamodules` carry their own."
-            raise ValueError(msg)
-        return []
-    if dataset not in _DATASETS:
-        msg = f"`dataset` must be one of {tuple(_DATASETS)}, got {dataset!r}. Give others as `datamodules`."
-        raise ValueError(msg)
-    module, known = _DATASETS[dataset]
-    unknown = sorted(set(categories or []) - set(known))
-    if unknown:
-        msg = f"`categories` must be out of {known}, got {unknown}."
-        raise ValueError(msg)
-    options = {} if root is None else {"root": root}
-    return [module(category=category, **options) for category in categories or known]
-
-
 def _test_data(module: AnomalibDataModule, seed: int) -> AnomalibDataset:
     """All labelled images of a datamodule, those included that it would set aside for validation."""
     if module.seed is None:
@@ -346,17 +188,3 @@ def _normal_data(module: AnomalibDataModule) -> AnomalibDataset:
     images.samples = pd.concat(tables).drop_duplicates("image_path")
     images.samples.attrs["task"] = module.train_data.samples.attrs["task"]
     return images
-
-
-def _has_mask(dataset: AnomalibDataset, table: Any) -> Any:  # noqa: ANN401  # pandas carries no types
-    """By image, whether its mask is known: that of a normal one is empty."""
-    with_files = dataset.task == TaskType.SEGMENTATION
-    return (table.label_index == LabelName.NORMAL) | (with_files & (table.get("mask_path") != ""))
-
-
-def _empty_mask(image: Tensor) -> Mask:
-    return Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
-
-
-def _class_name(module: AnomalibDataModule) -> str:
-    return module.category or module.name

@@ -8,10 +8,11 @@ from typing import Any
 from anomalib.data import AnomalibDataModule
 from torch.utils.data import DataLoader
 
-from .auxiliary import MultiCategoryDataset, _expand
+from .gathering import GatheredData, class_name_of
+from .multi_category import MultiCategoryDataset
 
 
-class MultiCategoryData(AnomalibDataModule):
+class MultiCategoryData(GatheredData):
     """The data of many categories as one: test images for evaluation and prediction, training images as references.
 
     Every image comes with its category, so that a model of several classes knows which one it is of.
@@ -38,34 +39,12 @@ class MultiCategoryData(AnomalibDataModule):
         eval_batch_size: int = 8,
         num_workers: int = 8,
     ) -> None:
-        super().__init__(eval_batch_size, eval_batch_size, num_workers)
-        self.datamodules = [*_expand(dataset, root, categories), *(datamodules or [])]
-        names = [module.category or module.name for module in self.datamodules]
+        super().__init__(dataset, root, categories, datamodules, eval_batch_size, eval_batch_size, num_workers)
+        names = [class_name_of(module) for module in self.datamodules]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             msg = f"`datamodules` must be of different categories, got {', '.join(twice)} more than once."
             raise ValueError(msg)
-        self.class_names = tuple(names)
-
-    @property
-    def sources(self) -> dict[str, list[str]]:
-        """Names of the data sets and their categories, to be compared with what adapters were trained on."""
-        sources: dict[str, list[str]] = {}
-        for module in self.datamodules:
-            sources.setdefault(module.name, []).extend([module.category] if module.category else [])
-        return sources
-
-    def prepare_data(self) -> None:
-        """Let every datamodule fetch or write its files."""
-        for module in self.datamodules:
-            module.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Gather the images of all datamodules, once."""
-        if not self._is_setup:
-            self._setup(stage)
-            self._is_setup = True
-        self._update_augmentations()
 
     def _setup(self, _stage: str | None = None) -> None:
         for module in self.datamodules:

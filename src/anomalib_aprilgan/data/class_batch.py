@@ -22,6 +22,7 @@ class ClassImageItem(ImageItem):
     """
 
     class_name: str | None = None
+    class_index: torch.Tensor | None = None
     partial_mask: torch.Tensor | None = None
 
     @classmethod
@@ -37,11 +38,13 @@ class ClassImageBatch(ImageBatch):
     """A batch with a class name per image; collating keeps them as a list.
 
     Where an image has no mask, ``gt_mask`` is ``None``, so that no metric mistakes it for a normal
-    one, and ``partial_mask`` ``(B, H, W)`` holds 0 and 1, and ``UNKNOWN`` in those images.
+    one, and ``partial_mask`` ``(B, H, W)`` holds 0 and 1, and ``UNKNOWN`` in those images. ``class_index``
+    ``(B,)``, the place of each name among a model's classes, is filled in by a model of several.
     """
 
     item_class: ClassVar[type[ClassImageItem]] = ClassImageItem
     class_name: list[str] | None = None
+    class_index: torch.Tensor | None = None
     partial_mask: torch.Tensor | None = None
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def draw_pictures(
     """Twins over all categories and kinds in turn.
 
     Args:
-        categories: What to draw.
+        categories: What to draw; what is named twice gets twice as many pictures.
         kinds: The defects.
         number: Number of twins.
         seed: Seed of the drawing.
@@ -64,12 +65,13 @@ def draw_pictures(
         workers: Processes that draw; the pictures do not depend on it.
         progress: Whether to show a bar.
     """
-    # Round r gives every category one picture, with kinds shifted so that all pairs occur equally often.
-    plan = [
-        (category, index // len(categories), kinds[(index // len(categories) + place) % len(kinds)])
-        for index in range(number)
-        for place, category in [(index % len(categories), categories[index % len(categories)])]
-    ]
+    # Round after round gives every category one picture, with kinds shifted so that all pairs occur equally often.
+    plan, drawn = [], Counter[str]()
+    for index in range(number):
+        turn, place = divmod(index, len(categories))
+        category = categories[place]
+        plan.append((category, drawn[category], kinds[(turn + place) % len(kinds)]))
+        drawn[category] += 1
     chunks = [plan[start : start + _CHUNK] for start in range(0, number, _CHUNK)]
     tasks = [(chunk, seed, image_size, random_style) for chunk in chunks]
     bar = tqdm(total=number, desc="drawing", unit="twins", disable=not progress)

@@ -4,7 +4,11 @@ python -m anomalib_aprilgan.drawn_clip.pretrain --seed 0 --out first.safetensors
 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 1 --steps 4500 --initial first.safetensors \
     --out second.safetensors
 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 2 --steps 2400 --initial second.safetensors \
-    --out ViT-drawn-96.safetensors
+    --out third.safetensors
+python -m anomalib_aprilgan.drawn_clip.pretrain --seed 3 --steps 6000 --pool 48000 --initial third.safetensors \
+    --out fourth.safetensors
+python -m anomalib_aprilgan.drawn_clip.pretrain --seed 4 --steps 5000 --pool 48000 --inventions 3 \
+    --initial fourth.safetensors --out ViT-drawn-96.safetensors
 """
 
 from __future__ import annotations
@@ -95,7 +99,7 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = ClipArchitecture.load(built_in.ARCHITECTURE, (built_in.IMAGE_SIZE, built_in.IMAGE_SIZE), None)
     side = architecture.image_size[0]
-    shown = CAPTIONED_CATEGORIES + (INVENTIONS if recipe.inventions else ())
+    shown = CAPTIONED_CATEGORIES + INVENTIONS * recipe.inventions
     pictures = draw_pictures(shown, DRAWN_DEFECTS, recipe.pool, TRAINING_SEED + recipe.seed, side, workers=workers)
     # Two products of every category, none of them trained on.
     probe = [
@@ -143,13 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of everything (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=Recipe.pool, help="twins drawn beforehand (default: %(default)s)")
+    parser.add_argument(
+        "--inventions", type=int, default=0, help="goods that do not exist for one of a category; refining, at least 1"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
     parser.add_argument("--initial", type=Path, help="weights to refine; without it the training begins from nothing")
     parser.add_argument("--out", type=Path, required=True, help="weight file to write, .safetensors")
     options = parser.parse_args(arguments)
     if options.out.suffix != ".safetensors":
         parser.error(f"--out must end in .safetensors, got {options.out.name}")
-    recipe = Recipe(options.steps, options.seed, options.pool)
+    recipe = Recipe(options.steps, options.seed, options.pool, inventions=options.inventions)
     if options.initial is not None:
         recipe = recipe.refining()
     train(recipe, options.out, initial=options.initial, workers=options.workers)

@@ -46,7 +46,7 @@ class Recipe:
         table_learning_rate: Peak learning rate of all else, under AdamW.
         patch_weight: Weight of the patches' loss, at the start and at the end.
         contrast_weight: Weight of the loss of pictures against captions.
-        inventions: Whether half of the twins are goods that do not exist.
+        inventions: How many twins are goods that do not exist, for each that is of a category.
     """
 
     steps: int = 7000
@@ -58,7 +58,7 @@ class Recipe:
     table_learning_rate: float = 3e-3
     patch_weight: tuple[float, float] = (1.0, 0.4)
     contrast_weight: float = 0.05
-    inventions: bool = False
+    inventions: int = 0
 
     def refining(self) -> Recipe:
         """The same for weights that are trained already: larger windows, smaller steps, inventions."""
@@ -68,7 +68,7 @@ class Recipe:
             learning_rate=self.learning_rate / 2.0,
             table_learning_rate=self.table_learning_rate / 2.0,
             patch_weight=(self.patch_weight[1], self.patch_weight[1]),
-            inventions=True,
+            inventions=max(1, self.inventions),
         )
 
 

@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from ..data import DrawnInspection
 from ..data.drawing import CATEGORIES
 from ..drawn_clip.pretrain import CAPTIONED_CATEGORIES, UNSEEN_CATEGORIES, UNSEEN_DEFECTS
 from ..post_processing import AprilGANPostProcessor
+from ..scoring import map_statistic
 from ..weights import write_atomically
 
 SHOTS = (1, 2, 4)
@@ -60,6 +62,19 @@ class Product:
     def labels(self) -> Tensor:
         """``(N,)``, 1 for a defective picture."""
         return torch.from_numpy((self.kinds != "good").astype(np.int64))
+
+
+def build_model(class_name: str, **overrides: Any) -> AprilGAN:  # noqa: ANN401  # arguments of the model
+    """The built-in CLIP and its adapters, unless arguments say otherwise."""
+    given: dict[str, Any] = {
+        "backbone": built_in.ARCHITECTURE,
+        "pretrained": built_in.PRETRAINED,
+        "image_size": built_in.IMAGE_SIZE,
+        "stages": built_in.STAGES,
+        "memory_stages": built_in.MEMORY_STAGES,
+        "adapters": str(built_in.ADAPTERS),
+    }
+    return AprilGAN(class_name=class_name, **given | overrides)
 
 
 def load_product(root: Path, category: str, seed: int) -> Product:
@@ -99,12 +114,7 @@ def shots(build: Callable[..., AprilGAN], category: str, product: Product) -> Fi
     for k_shot in SHOTS:
         model = build(category, k_shot=k_shot, references=product.references[:k_shot])
         text, anomaly_map = raw_scores(model, product)
-        # As published: the bounds of the map's maximum are those of the test images.
-        maximum = anomaly_map.flatten(1).amax(dim=1)
-        fusion = AprilGANPostProcessor(fuse_map_maximum=True)
-        fusion.map_maximum_min.copy_(maximum.min())
-        fusion.map_maximum_max.copy_(maximum.max())
-        fused = fusion.fuse(text, anomaly_map)
+        fused = fused_scores(text, anomaly_map)
         figures[f"{k_shot}-shot"] = figures_of(fused, anomaly_map / (zero_shot_limit + memory_limit), product)
         distance = (anomaly_map - zero_shot_map) / memory_limit
         memory[f"{k_shot}-shot, memory bank alone"] = figures_of(distance.flatten(1).amax(dim=1), distance, product)
@@ -126,6 +136,15 @@ def raw_scores(model: AprilGAN, product: Product) -> tuple[Tensor, Tensor]:
     pre_processor: Any = model.pre_processor  # anomalib allows none
     output = model.model(pre_processor(product.images))
     return output.pred_score, output.anomaly_map
+
+
+def fused_scores(text_probability: Tensor, anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
+    """Few-shot scores as published: the bounds of what stands for the map are those of the test images."""
+    statistic = map_statistic(anomaly_map, top_share)
+    fusion = AprilGANPostProcessor(fuse_map_maximum=True, top_share=top_share)
+    fusion.map_maximum_min.copy_(statistic.min())
+    fusion.map_maximum_max.copy_(statistic.max())
+    return fusion.fuse(text_probability, anomaly_map)
 
 
 def figures_of(score: Tensor, anomaly_map: Tensor, product: Product) -> dict[str, float]:
@@ -212,18 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapters", type=Path, default=built_in.ADAPTERS, help="adapters; else the built-in ones")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the single values")
     options = parser.parse_args(arguments)
-
-    def build(class_name: str, **overrides: Any) -> AprilGAN:  # noqa: ANN401  # arguments of the model
-        given: dict[str, Any] = {
-            "backbone": built_in.ARCHITECTURE,
-            "pretrained": options.pretrained,
-            "image_size": built_in.IMAGE_SIZE,
-            "stages": built_in.STAGES,
-            "memory_stages": built_in.MEMORY_STAGES,
-            "adapters": str(options.adapters),
-        }
-        return AprilGAN(class_name=class_name, **given | overrides)
-
+    build = partial(build_model, pretrained=options.pretrained, adapters=str(options.adapters))
     seen = load_adapters(options.adapters)[1].trained_on.get("DrawnInspection", [])
     inspected = [category for category in CATEGORIES if category not in seen]
     seeds = range(options.first_seed, options.first_seed + options.seeds)

@@ -1,0 +1,41 @@
+"""Two processes together learn and measure what one does alone, also of classes that only one of them sees."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..conftest import DATASET, SmallClip
+from . import two_ranks
+from .two_ranks import CATEGORIES, K_SHOTS, evaluate
+
+
+def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None:
+    arguments = {
+        "backbone": str(small_clip.quick_gelu),
+        "pretrained": str(small_clip.weights),
+        "image_size": 96,
+        "stages": [1, 2, 3, 4],
+        "adapters": str(small_clip.adapters_4),
+    }
+    command = [sys.executable, two_ranks.__file__, json.dumps(arguments), str(DATASET), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    for number, k_shot in enumerate(K_SHOTS):
+        alone = evaluate({**arguments, "k_shot": k_shot}, str(DATASET), str(tmp_path), devices=1)
+        assert {f"image_AUROC/{name}" for name in CATEGORIES} < alone["metrics"].keys()
+        for bank, own in zip(first[number]["banks"], alone["banks"], strict=True):
+            assert torch.equal(bank, own)
+            assert bank.numel() > 0 if k_shot else bank.numel() == 0
+        for rank in (first[number], second[number]):
+            assert rank["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+            for name in CATEGORIES:
+                assert rank["values"][name] == pytest.approx(alone["values"][name], abs=1e-6)
+            for bank, others in zip(rank["banks"], first[number]["banks"], strict=True):
+                assert torch.equal(bank, others)

@@ -1,0 +1,67 @@
+"""Validate and test many classes in one process, or (run as a script, by `test_ranks.py`) in two at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.engine import Engine
+
+from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.data import MultiCategoryData
+
+CATEGORIES = ["bottle", "metal_nut", "tile"]
+K_SHOTS = [0, 2]
+
+
+def interleaved(dataset: str) -> MultiCategoryData:
+    """32 test images in such an order that of two processes one sees all tiles, the other all nuts."""
+    data = MultiCategoryData("mvtec", dataset, CATEGORIES, eval_batch_size=4, num_workers=0)
+    data.setup()
+    table = data.test_data.samples
+    bottles, nuts, tiles = (table.index[table.class_name == name].tolist() for name in CATEGORIES)
+    pairs = zip([*tiles, *bottles[:5]], [*bottles[5:], *nuts[:10]], strict=True)
+    samples = table.loc[[index for pair in pairs for index in pair]].reset_index(drop=True)
+    samples.attrs = table.attrs
+    data.test_data.samples = samples
+    return data
+
+
+def evaluate(arguments: dict[str, Any], dataset: str, folder: str, **trainer: Any) -> dict[str, Any]:
+    """Metrics, bounds and thresholds, and memory banks after a validation and a test."""
+    model = AprilGAN(**arguments)
+    runner = Engine(
+        default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **trainer
+    )
+    data = interleaved(dataset)
+    runner.validate(model, datamodule=data)
+    (metrics,) = runner.test(model, datamodule=data, verbose=False)
+    return {
+        "metrics": metrics,
+        "values": {name: model.post_processor.of_class(name).values() for name in model.model.class_names},
+        "banks": [model.model.memory_bank(number).tokens for number in range(len(CATEGORIES))],
+    }
+
+
+def _run(rank: int, arguments: dict[str, Any], dataset: str, folder: str, port: int) -> None:
+    # As torchrun would have it.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    torch.set_num_threads(1)
+    results = [
+        evaluate({**arguments, "k_shot": k_shot}, dataset, folder, devices=2, strategy="ddp") for k_shot in K_SHOTS
+    ]
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = (json.loads(sys.argv[1]), *sys.argv[2:], port)
+    # Forked, for what was imported is there already; nothing was computed yet.
+    torch.multiprocessing.start_processes(_run, given, nprocs=2, start_method="fork")
