@@ -135,11 +135,8 @@ def test_predict_takes_a_plain_folder(
 
 
 @pytest.mark.parametrize("export_type", ["torch", "onnx", "openvino"])
-def test_export_writes_the_model(
-    anomalib: Run, tmp_path: Path, small_clip: Any, model_arguments: list[str], export_type: str
-) -> None:
-    two_stages = ["--model.stages=[2, 4]", f"--model.adapters={small_clip.adapters_2}"]  # half the graph, half the time
-    anomalib("export", *model_arguments, *two_stages, f"--export_type={export_type}")
+def test_export_writes_the_model(anomalib: Run, tmp_path: Path, model_arguments: list[str], export_type: str) -> None:
+    anomalib("export", *model_arguments, f"--export_type={export_type}")
     suffix = {"torch": ".pt", "onnx": ".onnx", "openvino": ".xml"}[export_type]
     path = tmp_path / "results" / "weights" / export_type / f"model{suffix}"
     assert path.stat().st_size > 10_000

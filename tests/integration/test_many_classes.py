@@ -55,12 +55,12 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_engine_and_checkpoint(april_gan: Build, tmp_path: Path, k_shot: int) -> None:
     alone, metrics = {}, {}
     for name in CATEGORIES:
-        model, runner = april_gan(k_shot=k_shot), engine(tmp_path / name)
+        model, runner = april_gan(k_shot=k_shot, visualizer=False), engine(tmp_path / name)
         data = MVTecAD(root=DATASET, category=name, num_workers=0, eval_batch_size=5)
         runner.validate(model, datamodule=data)
         (metrics[name],) = runner.test(model, datamodule=data, verbose=False)
         alone |= by_path(runner.predict(model, datamodule=data))
-    model, runner = april_gan(k_shot=k_shot), engine(tmp_path / "all")
+    model, runner = april_gan(k_shot=k_shot, visualizer=False), engine(tmp_path / "all")
     runner.validate(model, datamodule=categories())
     (together,) = runner.test(model, datamodule=categories(), verbose=False)
     assert model.model.class_names == tuple(CATEGORIES)

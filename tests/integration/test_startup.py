@@ -11,6 +11,22 @@ from pathlib import Path
 
 HOOK = "_anomalib_aprilgan_startup"
 
+FIRST = ("anomalib.models", "anomalib_aprilgan", "anomalib.engine")
+# A fresh Python for each import; what anomalib itself imports is loaded once, before they part.
+FORKS = f"""
+import os, sys
+import lightning.pytorch, open_clip, torchmetrics, torchvision
+for first in sys.argv[1:]:
+    if not (child := os.fork()):
+        __import__(first)
+        import anomalib.models, anomalib.data
+        hooked = any(getattr(finder, "__module__", "") == "{HOOK}" for finder in sys.meta_path)
+        print(first, anomalib.models.AprilGAN.__module__, anomalib.data.AuxiliaryData.__name__, hooked, flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
+"""
+
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -35,17 +51,8 @@ def test_nothing_is_loaded_until_anomalib_is() -> None:
 
 
 def test_anomalibs_models_bring_ours_in_whichever_comes_first() -> None:
-    for first in ("anomalib.models", "anomalib_aprilgan", "anomalib.engine"):
-        script = (
-            f"import {first}, sys, anomalib.models, anomalib.data;"
-            "print(anomalib.models.AprilGAN.__module__, anomalib.data.AuxiliaryData.__name__,"
-            f"any(getattr(finder, '__module__', '') == '{HOOK}' for finder in sys.meta_path))"
-        )
-        assert python("-W", "ignore", "-c", script).stdout.split() == [
-            "anomalib_aprilgan.lightning_model",
-            "AuxiliaryData",
-            "False",
-        ]
+    for first, output in zip(FIRST, python("-W", "ignore", "-c", FORKS, *FIRST).stdout.splitlines(), strict=True):
+        assert output.split() == [first, "anomalib_aprilgan.lightning_model", "AuxiliaryData", "False"]
 
 
 def test_the_variable_turns_it_off() -> None:

@@ -28,7 +28,7 @@ def interleaved(dataset: str) -> MultiCategoryData:
     pairs = zip([*tiles, *bottles[:5]], [*bottles[5:], *nuts[:10]], strict=True)
     samples = table.loc[[index for pair in pairs for index in pair]].reset_index(drop=True)
     samples.attrs = table.attrs
-    data.test_data.samples = samples
+    data.test_data._samples = samples  # the setter of `samples` sorts by path
     return data
 
 
