@@ -28,9 +28,9 @@ def told_by_all(value: T) -> list[T]:
 def even_out(modules: Iterable[nn.Module]) -> None:
     """Have each metric, in place, computed by all processes or by none.
 
-    ``compute`` gathers from all processes: where one has seen nothing of what a metric is about, it would stay away and
-    the others wait for it forever. Here it learns from the others what their states look like, and takes part with
-    empty ones.
+    ``compute`` gathers from all processes. Where one has seen nothing of what a metric is about, it would stay away and
+    the others would wait for it, or take for its part what it sends for the next metric. Here it learns from the others
+    what their states look like, and takes part with empty ones.
 
     Args:
         modules: Metrics, or modules that hold some, the same in all processes.
