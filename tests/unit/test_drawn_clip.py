@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from anomalib_aprilgan import built_in
 from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, draw_twins
-from anomalib_aprilgan.drawn_clip import captions, pretrain
+from anomalib_aprilgan.drawn_clip import average, captions, pretrain
 from anomalib_aprilgan.drawn_clip.captions import Caption, draw_caption, draw_state_sentences
 from anomalib_aprilgan.drawn_clip.muon import Muon, orthogonalise
 from anomalib_aprilgan.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss
@@ -98,6 +98,13 @@ def test_drawn_pictures_are_the_twins_of_their_names(pictures):
     third = draw_twins("pill", 5, 1, pictures.kinds[2], 96, random_style=True)
     np.testing.assert_array_equal(pictures.bad[2], third.bad)
     np.testing.assert_array_equal(pictures.mask[2], third.mask)
+
+
+def test_a_category_named_twice_has_twice_as_many_pictures():
+    drawn = draw_pictures(("pill", "wood", "wood"), ("hole",), 6, 5, 32, progress=False)
+    assert Counter(drawn.categories) == {"pill": 2, "wood": 4}
+    wood = [good.tobytes() for good, category in zip(drawn.good, drawn.categories, strict=True) if category == "wood"]
+    assert len(set(wood)) == 4
 
 
 def test_windows_show_some_of_the_defect(pictures):
@@ -208,3 +215,18 @@ def test_training_writes_loadable_weights_and_a_log(tmp_path, architecture, monk
     torch.testing.assert_close(states.norm(dim=0), torch.ones(2))
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
     assert out.stat().st_size < 8_000_000
+
+
+def test_average_of_weight_files(tmp_path):
+    for name, values in (("a", [1.0, 2.0]), ("b", [3.0, -2.0]), ("c", [1.0, 2.0, 3.0])):
+        save_file({"proj": torch.tensor(values).half()}, tmp_path / f"{name}.safetensors")
+    a, b, c, out = (str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "c", "out"))
+    average.main([a, b, "--out", out])
+    (mean,) = load_file(out).values()
+    assert mean.dtype == torch.float16
+    assert mean.tolist() == [2.0, 0.0]
+    with pytest.raises(ValueError, match="the first and number 2 differ in proj"):
+        average.main([a, c, "--out", out])
+    with pytest.raises(FileNotFoundError, match=r"`weights`: .*nowhere"):
+        average.main([str(tmp_path / "nowhere.safetensors"), "--out", out])
+    assert load_file(out)["proj"].tolist() == [2.0, 0.0]

@@ -8,7 +8,8 @@ python -m anomalib_aprilgan.drawn_clip.pretrain --seed 2 --steps 2400 --initial 
 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 3 --steps 6000 --pool 48000 --initial third.safetensors \
     --out fourth.safetensors
 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 4 --steps 5000 --pool 48000 --inventions 3 \
-    --initial fourth.safetensors --out ViT-drawn-96.safetensors
+    --initial fourth.safetensors --out fifth.safetensors
+python -m anomalib_aprilgan.drawn_clip.average fourth.safetensors fifth.safetensors --out ViT-drawn-96.safetensors
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure calibrated thresholds on freshly drawn products.")
     parser.add_argument("--root", type=Path, default=Path("datasets/DrawnInspection"), help="folder of drawn pictures")
     parser.add_argument("--seeds", type=int, default=5, help="number of products a category")
-    parser.add_argument("--first-seed", type=int, default=100, help="the first product; the others follow")
+    parser.add_argument("--first-seed", type=int, default=300, help="the first product; the others follow")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the single values")
     options = parser.parse_args(arguments)
     seen = load_adapters(built_in.ADAPTERS)[1].trained_on.get("DrawnInspection", [])
