@@ -138,6 +138,7 @@ def run_tiled(
         highest.append(scores.amax())
         for tile_map, (top, left) in zip(maps, positions, strict=True):
             blended.add(tile_map, top, left)
+        del tiles, maps, tile_map  # before the next batch is cut: two would lie in memory
     return torch.stack(highest).amax(), blended.result()
 
 
