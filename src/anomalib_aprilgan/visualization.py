@@ -222,7 +222,7 @@ def draw(result: Result, max_side: int = 1024) -> Image.Image:
         panels.append(("ground truth", _outlined(picture, _mask(result.truth, (height, width)), TRUTH_COLOUR)))
     if result.anomaly_map is not None:
         panels.append((_caption(result), _heatmap(picture, result.anomaly_map, result.pixel_threshold)))
-    return _arranged(panels, _headline(result), result.name, has_bar=result.anomaly_map is not None)
+    return _arranged(panels, _headline(result), _from_here(result.name), has_bar=result.anomaly_map is not None)
 
 
 def _panel_size(size: tuple[int, ...], max_side: int) -> tuple[int, int]:
@@ -344,6 +344,12 @@ def _draw_bar(canvas: Image.Image, x: int, y: int, height: int) -> None:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """The one of matplotlib, which has Greek and Cyrillic letters too."""
     return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _from_here(name: str) -> str:
+    """A path in the working directory as seen from there; any other name as it is."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -84,6 +84,14 @@ def test_a_good_pixel_looks_the_same_whatever_the_rest_of_the_map_holds() -> Non
     assert panels[-1][120, 120, 0] > 2 * panels[-1][-1, -1, 0]
 
 
+def test_a_path_is_shown_as_seen_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture = torch.full((3, SIDE, SIDE), 0.5)
+    near = draw(Result(picture, spot(0.6), name=str(tmp_path / "parts" / "7.png")))
+    assert near == draw(Result(picture, spot(0.6), name="parts/7.png"))
+    assert near != draw(Result(picture, spot(0.6), name=str(tmp_path.parent / "7.png")))
+
+
 def test_colours_of_the_map_are_those_of_the_bar() -> None:
     black = torch.zeros(3, SIDE, SIDE)
     for value in (0.0, 0.75, 1.0):
