@@ -18,7 +18,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from .class_rows import PREDICTIONS, class_index_of, part_of, rows_by_class
 from .ranks import even_out
-from .scoring import map_statistic
+from .scoring import fused_score, map_statistic
 
 # Share of the scale at either end that is kept for values beyond the bounds.
 TAIL = 1e-3
@@ -307,9 +307,7 @@ class AprilGANPostProcessor(PostProcessor):
             yield self.of_class(number), rows
 
     def _fuse_maximum(self, text_probability: Tensor, map_maximum: Tensor) -> Tensor:
-        span = self.map_maximum_max - self.map_maximum_min
-        scaled = (map_maximum - self.map_maximum_min) / torch.where(span == 0, torch.ones_like(span), span)
-        return 0.5 * (text_probability + scaled)
+        return fused_score(text_probability, map_maximum, self.map_maximum_min, self.map_maximum_max)
 
     @staticmethod
     def _normalize(preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:

@@ -155,6 +155,22 @@ def map_statistic(anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
     return pixels.topk(max(1, round(top_share * pixels.shape[1])), dim=1).values.mean(dim=1)
 
 
+def fused_score(text_probability: Tensor, statistic: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Few-shot score: the mean of text probability and map statistic, the latter scaled by its bounds (sec. 2.2).
+
+    Args:
+        text_probability: ``(B,)`` in ``[0, 1]``.
+        statistic: ``(B,)``, see :func:`map_statistic`.
+        low: Scalar, what becomes 0.
+        high: Scalar, what becomes 1; where it equals ``low`` the statistic is only shifted.
+
+    Returns:
+        ``(B,)``; within ``[0, 1]`` where the statistic is within its bounds.
+    """
+    span = high - low
+    return 0.5 * (text_probability + (statistic - low) / torch.where(span == 0, torch.ones_like(span), span))
+
+
 def _to_map(patches: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     planes = rearrange(patches, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
     return F.interpolate(planes, size=size, mode="bilinear", align_corners=True)

@@ -175,6 +175,51 @@ class AprilGANModel(nn.Module):
             pred_score = text_probability(output.image_feature.float(), text_features)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map), probabilities
 
+    @torch.no_grad()
+    def infer_banks(
+        self, images: Tensor, references: MemoryBank, banks: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """Scores and maps for several memory banks from one vision pass; those of :meth:`forward` for each of them.
+
+        Every reference is compared with the images once, in however many banks it is. The maps are made one by one,
+        as they are asked for.
+
+        Args:
+            images: ``(B, 3, H, W)`` of the only class, resized and normalised.
+            references: Patches of ``K`` images, any number (:meth:`memory_tokens`).
+            banks: Which of the references are in every bank; none for zero-shot.
+
+        Returns:
+            Text probability ``(B,)``, the same for all banks, and for every bank the map ``(B, H, W)``.
+        """
+        output = self.encode(images)
+        size = (images.shape[-2], images.shape[-1])
+        text_features = self._text_features_of(None)
+        with _full_precision(images):
+            zero_shot = _zero_shot_map(self._probability_maps(output, text_features, size))
+            score = text_probability(output.image_feature.float(), text_features)
+            # By stage ``(K, B, L)``: distances of the patches to every single reference.
+            distances = (
+                [
+                    torch.stack([nearest_normal_distance(tokens.float(), [reference]) for reference in remembered])
+                    for tokens, remembered in zip(self._memory_tokens(output), references.stages(), strict=True)
+                ]
+                if references.k_shot
+                else []
+            )
+        return score, (self._map_of_bank(zero_shot, distances, bank, size) for bank in banks)
+
+    def _map_of_bank(
+        self, zero_shot: Tensor, distances: Sequence[Tensor], bank: Sequence[int], size: tuple[int, int]
+    ) -> Tensor:
+        with _full_precision(zero_shot):
+            anomaly_map = zero_shot
+            if bank:
+                grid = self.backbone.architecture.grid
+                maps = [distance_map(of_stage[list(bank)].amin(dim=0), grid, size) for of_stage in distances]
+                anomaly_map = zero_shot + torch.stack(maps).sum(dim=0)
+            return smooth(anomaly_map, self.smoothing_sigma)
+
     def stage_probabilities(self, images: Tensor, class_index: Tensor | None = None) -> list[Tensor]:
         """Probability maps of every stage, with gradients for the adapters.
 
@@ -195,6 +240,18 @@ class AprilGANModel(nn.Module):
         """One pass of the frozen tower over the union of both stage lists."""
         output: VisionOutput = self.backbone(images, self._tapped)
         return output
+
+    @torch.no_grad()
+    def memory_tokens(self, images: Tensor) -> list[Tensor]:
+        """What a memory bank is filled with: per stage of ``memory_stages`` the patch tokens of images.
+
+        Args:
+            images: ``(B, 3, H, W)``, resized and normalised.
+
+        Returns:
+            Per stage ``(B, L, C)``.
+        """
+        return self._memory_tokens(self.encode(images))
 
     @torch.no_grad()
     def remember(

@@ -4,7 +4,9 @@ Nothing is downloaded: the pictures are drawn on first use by
 :mod:`anomalib_aprilgan.data.drawing`, so that a run needs no data set and every mask is exact.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from anomalib.data.datamodules.base.image import AnomalibDataModule
 from anomalib.data.datasets.image.mvtecad import MVTecADDataset
@@ -27,7 +29,8 @@ class DrawnInspection(AnomalibDataModule):
     Args:
         root: Folder for all drawn data sets.
         category: One of ``CATEGORIES``.
-        image_size: Side of the square pictures in pixels, in [32, 1024].
+        image_size: Side of the square pictures in pixels, in [32, 1024]; or height and width, alike, which is what
+            anomalib's ``get_datamodule`` makes of a number.
         num_train: Number of good training pictures.
         num_test: Number of good test pictures, and again of defective ones, spread evenly over the defects.
         seed: Number of the product; also the seed of anomalib's splits.
@@ -54,7 +57,7 @@ class DrawnInspection(AnomalibDataModule):
         root: Path | str = "./datasets/DrawnInspection",
         category: str = "tile",
         *,
-        image_size: int = 128,
+        image_size: int | tuple[int, int] = 128,
         num_train: int = 20,
         num_test: int = 20,
         seed: int = 0,
@@ -88,7 +91,7 @@ class DrawnInspection(AnomalibDataModule):
         )
         self.selection = select(
             category,
-            image_size=image_size,
+            image_size=_side(image_size),
             num_train=num_train,
             num_test=num_test,
             seed=seed,
@@ -127,3 +130,10 @@ class DrawnInspection(AnomalibDataModule):
             raise RuntimeError(msg)
         self.train_data = MVTecADDataset(split=Split.TRAIN, root=self.dataset_root, category=self.category)
         self.test_data = MVTecADDataset(split=Split.TEST, root=self.dataset_root, category=self.category)
+
+
+def _side(image_size: int | tuple[int, int]) -> int:
+    """The side of a square; anything else is left for the drawing to refuse."""
+    if isinstance(image_size, Sequence) and len(image_size) == 2 and image_size[0] == image_size[1]:
+        return image_size[0]
+    return cast("int", image_size)

@@ -1,0 +1,168 @@
+"""Results of a benchmark on disk: one file per cell, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from ..weights import write_atomically
+from .metrics import METRICS
+
+FULL = -1
+"""Number of shots that stands for all training images."""
+
+DONE, FAILED = "done", "failed"
+COLUMNS = (
+    *("model", "dataset", "category", "k_shot", "seed", "status", "reason", "n_images", "n_anomalous"),
+    *METRICS,
+    "seconds",
+)
+
+
+class Cell(NamedTuple):
+    """One entry of the table of results.
+
+    Attributes:
+        model: Name in the tables.
+        dataset: Name of the datamodule's class.
+        category: Its category.
+        k_shot: Number of reference images; 0 for zero-shot, :data:`FULL` for all training images.
+        seed: Seed of the draw of references and of everything else that is random.
+    """
+
+    model: str
+    dataset: str
+    category: str
+    k_shot: int
+    seed: int
+
+    def __str__(self) -> str:
+        """In words."""
+        shots = "all images" if self.k_shot == FULL else f"{self.k_shot}-shot"
+        return f"{self.model}, {self.dataset} {self.category}, {shots}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What became of a cell.
+
+    Args:
+        cell: Which.
+        status: :data:`DONE` or :data:`FAILED`.
+        reason: Why it failed.
+        n_images: Number of test images.
+        n_anomalous: Number of anomalous ones.
+        metrics: By name, NaN where one does not exist.
+        seconds: Its duration; settings that share a pass have an equal share of it.
+        details: Anything else: references, checksums of weights, hardware.
+    """
+
+    cell: Cell
+    status: str = DONE
+    reason: str = ""
+    n_images: int = 0
+    n_anomalous: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = math.nan
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The result as a row with :data:`COLUMNS`."""
+        row = {"status": self.status, "reason": self.reason, "n_images": self.n_images, "n_anomalous": self.n_anomalous}
+        metrics = {name: self.metrics.get(name, math.nan) for name in METRICS}
+        return self.cell._asdict() | row | metrics | {"seconds": self.seconds}
+
+
+class Results:
+    """A folder of results that belongs to one config.
+
+    Args:
+        folder: Created where it is missing.
+        config: What the results depend on.
+
+    Raises:
+        ValueError: The folder holds the results of another config.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        path = folder / "config.yaml"
+        wanted = OmegaConf.to_yaml(OmegaConf.create(config), sort_keys=True)
+        if path.exists():
+            present = path.read_text(encoding="utf-8")
+            if present != wanted:
+                ours, theirs = set(wanted.splitlines()), set(present.splitlines())
+                changed = next(iter(sorted(ours ^ theirs)), "the order of the entries").strip()
+                msg = (
+                    f"`results`: {folder} holds the results of another config (they differ in {changed!r}). Choose "
+                    f"another folder, or run with the config in {path}."
+                )
+                raise ValueError(msg)
+        elif folder.exists() and any(entry.name != ".gitkeep" for entry in folder.iterdir()):
+            msg = f"`results`: {folder} holds other files than results of a benchmark. Choose an empty folder."
+            raise ValueError(msg)
+        else:
+            write_atomically(path, lambda file: file.write(wanted.encode()))
+
+    @property
+    def heatmaps(self) -> Path:
+        """Folder of the maps that are shown in pictures."""
+        return self.folder / "maps"
+
+    def save(self, result: CellResult) -> None:
+        """Keep a result."""
+        text = json.dumps(_without_nan(asdict(result) | {"cell": result.cell._asdict()}), indent=1, sort_keys=True)
+        write_atomically(self._path_of(result.cell), lambda file: file.write(text.encode()))
+
+    def load(self, cell: Cell) -> CellResult | None:
+        """What is known of a cell."""
+        path = self._path_of(cell)
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {name: math.nan if value is None else value for name, value in found["metrics"].items()}
+        seconds = math.nan if found["seconds"] is None else found["seconds"]
+        return CellResult(**found | {"cell": Cell(**found["cell"]), "metrics": metrics, "seconds": seconds})
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether there is nothing left to do; what failed is tried again."""
+        result = self.load(cell)
+        return result is not None and result.status == DONE
+
+    def frame(self, cells: Iterable[Cell]) -> pd.DataFrame:
+        """The results there are, one row per cell with :data:`COLUMNS`, in the order of ``cells``."""
+        found = [result for cell in cells if (result := self.load(cell)) is not None]
+        return pd.DataFrame([result.row() for result in found], columns=list(COLUMNS))
+
+    def write_tables(self, cells: Sequence[Cell], provenance: dict[str, Any]) -> None:
+        """``results.csv``, tidy, and ``results.json``, with everything that is known of every cell."""
+        table = self.frame(cells).to_csv(index=False, float_format="%.10g").encode()
+        write_atomically(self.folder / "results.csv", lambda file: file.write(table))
+        found = [result for cell in cells if (result := self.load(cell)) is not None]
+        content = {
+            "provenance": provenance,
+            "cells": [asdict(result) | {"cell": result.cell._asdict()} for result in found],
+        }
+        text = json.dumps(_without_nan(content), indent=1).encode()
+        write_atomically(self.folder / "results.json", lambda file: file.write(text))
+
+    def _path_of(self, cell: Cell) -> Path:
+        words = "-".join(str(part) for part in cell)
+        return self.folder / "cells" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', words)}.json"
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401  # JSON
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
