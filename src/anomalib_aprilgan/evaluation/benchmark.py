@@ -11,10 +11,11 @@ import inspect
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.resources import as_file, files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,14 +24,15 @@ import numpy as np
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, get_datamodule
-from anomalib.models import AnomalibModule
+from anomalib.models import Padim
+from anomalib.models.components import AnomalibModule
 from anomalib.models.image.winclip import torch_model as winclip
 from anomalib.pipelines.benchmark import Benchmark
 from anomalib.pipelines.benchmark.generator import BenchmarkJobGenerator
 from anomalib.pipelines.components import Runner
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from jsonargparse import ArgumentParser, Namespace
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markdown import Markdown
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
@@ -51,6 +53,7 @@ _BENCHMARK = {"seed", "k_shot", "model", "data", "metrics", "shown", "shared_pas
 _MODEL = {"class_path", "init_args", "name", "weights"}
 _DATA = {"class_path", "init_args"}
 _GENERATED = "generated"
+_GENERATED_CLIP = "ViT-generated-240"
 _BARS = ("image_auroc", "pixel_auroc", "aupro")
 _CURVES = ("image_auroc", "pixel_auroc", "pixel_f1_max", "aupro")
 # The disk, or the user's share of it, is full: no later cell would fare better.
@@ -89,9 +92,16 @@ class ModelEntry:
 
     def takes(self, k_shot: int) -> bool:
         """Whether a cell of so many shots makes sense."""
+        if 0 < k_shot < self.fewest_images:
+            return False
         if self.is_few_shot:
             return k_shot != FULL
         return k_shot == 0 if self.is_zero_shot_only else k_shot != 0
+
+    @property
+    def fewest_images(self) -> int:
+        """Number of images below which the model is not defined: PaDiM's covariance needs two."""
+        return 2 if issubclass(self.model, Padim) else 1
 
     @property
     def is_shared(self) -> bool:
@@ -105,24 +115,22 @@ class ModelEntry:
             arguments["k_shot"] = k_shot
         if self.generated and "pre_trained" in inspect.signature(self.model).parameters:
             arguments["pre_trained"] = False
-        with _without_downloads() if self.generated else _as_it_is():
+        with _without_downloads() if self.generated else nullcontext():
             return self.model(**arguments)
 
 
 @contextmanager
 def _without_downloads() -> Iterator[None]:
-    """WinCLIP names its weights in a constant; random ones for as long as it is built."""
-    before = winclip.PRETRAINED
-    winclip.PRETRAINED = None
+    """WinCLIP names its CLIP in two constants; a small random one for as long as it is built."""
+    module: Any = winclip
+    before = module.BACKBONE, module.PRETRAINED
+    with as_file(files(__package__) / f"{_GENERATED_CLIP}.json") as path:
+        module.open_clip.add_model_config(path)
+    module.BACKBONE, module.PRETRAINED = _GENERATED_CLIP, None
     try:
         yield
     finally:
-        winclip.PRETRAINED = before
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+        module.BACKBONE, module.PRETRAINED = before
 
 
 @dataclass(frozen=True)
@@ -171,8 +179,9 @@ def read_config(config: dict[str, Any]) -> Plan:
     Args:
         config: ``seed``, ``model`` and ``data`` as in ``anomalib benchmark``, each one or a ``grid``; ``k_shot``,
             numbers of references or ``full``. Models may also be a mapping from their names in the tables, and have
-            ``weights: generated`` (random ones, offline). ``metrics`` is ``exact`` or ``streaming``; ``shown`` the number of images per
-            category in the pictures; ``shared_pass: false`` tests the settings of ours one by one.
+            ``weights: generated`` (random ones, offline). ``metrics`` is ``exact`` or ``streaming``; ``shown`` the
+            number of images per category in the pictures; ``shared_pass: false`` tests the settings of ours one by
+            one.
 
     Raises:
         ValueError: A key or model is unknown, or a value is none of those that can be.
@@ -215,8 +224,8 @@ def _models(given: Any) -> list[ModelEntry]:  # noqa: ANN401  # YAML
         weights = expanded.get("weights")
         if weights not in {None, _GENERATED}:
             msg = (
-                f"`benchmark.model.weights` must be {_GENERATED!r} or left out, got {weights!r}. Weight files are named "
-                "by the arguments of the model."
+                f"`benchmark.model.weights` must be {_GENERATED!r} or left out, got {weights!r}. Files of weights are "
+                "named by the arguments of the model."
             )
             raise ValueError(msg)
         name = expanded.get("name") or model.__name__
@@ -317,7 +326,7 @@ class ComparisonGenerator(BenchmarkJobGenerator):
         self,
         args: dict[str, Any] | None = None,  # noqa: ARG002  # anomalib's signature
         previous_stage_result: Any = None,  # noqa: ANN401, ARG002
-    ) -> Iterator[CellJob | SharedPassJob]:
+    ) -> Generator[CellJob | SharedPassJob, None, None]:
         """Jobs, made when they are asked for."""
         for entry, data, cells in self.plan.groups():
             missing = [cell for cell in cells if not self.results.is_done(cell)]
@@ -340,7 +349,7 @@ def _builder_of(entry: ModelEntry, cell: Cell) -> Callable[[], AnomalibModule]:
 
 
 def _maker_of(data: dict[str, Any]) -> Callable[[], AnomalibDataModule]:
-    return lambda: get_datamodule(cast("DictConfig", OmegaConf.create(data)))
+    return lambda: get_datamodule(OmegaConf.create(data))
 
 
 class ResumingRunner(Runner):
@@ -352,7 +361,11 @@ class ResumingRunner(Runner):
 
     generator: ComparisonGenerator
 
-    def run(self, args: dict[str, Any] | None = None, prev_stage_results: Any = None) -> list[CellResult]:  # type: ignore[override]  # noqa: ANN401  # anomalib's signature
+    def run(
+        self,
+        args: dict[str, Any] | None = None,
+        prev_stage_results: Any = None,  # noqa: ANN401  # anomalib's signature
+    ) -> list[CellResult]:
         """Run what is still to be done.
 
         Returns:
@@ -366,7 +379,7 @@ class ResumingRunner(Runner):
         failed: list[CellResult] = []
         # The time left is estimated from this run's cells.
         with tqdm(total=len(cells), initial=done, desc="cells", unit="cell", file=sys.stderr) as progress:
-            for job in self.generator(args or {}, prev_stage_results):
+            for job in self.generator.generate_jobs(args, prev_stage_results):
                 progress.set_postfix_str(str(job.cells[0]))
                 found = self._run(job)
                 for result in found:
@@ -405,6 +418,7 @@ class Comparison(Benchmark):
         tolerance = float(config.get("tolerance", 0.01))
         results = Results(Path(config.get("results", "results/benchmark")), config["benchmark"])
         (runner,) = self._setup_runners(config | {"plan": plan, "folder": results})
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings, for every cell
         started = now()
         failed: list[CellResult] = []
         try:
@@ -417,12 +431,16 @@ class Comparison(Benchmark):
                 "`benchmark.metrics: streaming`, and run the same command again."
             )
             raise SystemExit(msg) from None
-        provenance = {"versions": versions(), "hardware": hardware(), "started": started, "finished": now()}
-        provenance |= {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "config": config}
+        provenance: dict[str, Any] = {"versions": versions(), "hardware": hardware(), "started": started}
+        provenance |= {
+            "finished": now(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "config": config,
+        }
         report(results, plan, provenance, tolerance)
         if failed:
-            Console(stderr=True).print(f"{len(failed)} cells failed; the same command tries them again.")
-            raise SystemExit(1)
+            msg = f"{len(failed)} of {len(plan.cells())} cells failed; the same command tries them again."
+            raise SystemExit(msg)
 
     def _setup_runners(self, args: dict[str, Any]) -> list[Runner]:  # type: ignore[override]  # a static method of anomalib's
         accelerator = args.get("accelerator", "auto")
@@ -468,10 +486,8 @@ def report(results: Results, plan: Plan, provenance: dict[str, Any], tolerance: 
     cells = plan.cells()
     results.write_tables(cells, provenance)
     frame = results.frame(cells)
-    random = [entry.name for entry in plan.models if entry.generated]
-    note = f"{', '.join(random)}: the figures mean nothing.\n" if random else ""
     parts = {
-        "Summary": note + tables.summary(frame),
+        "Summary": "\n\n".join([*_notes(plan), tables.summary(frame)]),
         "Beside the published figures": tables.comparison(frame, tolerance),
         "Other metrics": tables.exact_metrics(frame),
         "Every category": tables.per_category(frame),
@@ -490,6 +506,16 @@ def report(results: Results, plan: Plan, provenance: dict[str, Any], tolerance: 
     console.print(f"All tables, plots and pictures: {results.folder}", soft_wrap=True)
 
 
+def _notes(plan: Plan) -> list[str]:
+    """What a reader of the summary must know first."""
+    random = ", ".join(entry.name for entry in plan.models if entry.generated)
+    notes = [f"{random}: the figures mean nothing."] if random else []
+    for entry in plan.models:
+        if any(0 < k_shot < entry.fewest_images for k_shot in plan.shots):
+            notes.append(f"{entry.name} is not defined for fewer than {entry.fewest_images} images.")
+    return notes
+
+
 def _draw_heatmaps(results: Results, plan: Plan) -> None:
     """The paper's figure 2 for every model and data set."""
     groups: dict[str, list[Path]] = {}
@@ -498,8 +524,8 @@ def _draw_heatmaps(results: Results, plan: Plan) -> None:
             name = f"{entry.name}-{data['class_path'].rpartition('.')[2]}"
             prefix = f"{name}-{cells[0].category}-"
             groups.setdefault(name, []).extend(sorted(results.heatmaps.glob(f"{prefix}*.npz")))
-    for name, files in groups.items():
-        shown = [np.load(file) for file in files]
+    for name, stored in groups.items():
+        shown = [np.load(file) for file in stored]
         settings = [key for key in shown[0].files if key not in {"image", "mask"}] if shown else []
         rows = [one for one in shown if all(setting in one.files for setting in settings)]
         rows = [one for one in rows if Path(str(one["image"])).exists() and Path(str(one["mask"])).exists()]

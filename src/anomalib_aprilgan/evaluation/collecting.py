@@ -33,7 +33,7 @@ class Collection:
 
     def __init__(self, settings: int, folder: Path, *, streaming: bool = False, shown: Sequence[str] = ()) -> None:
         self.labels: list[Tensor] = []
-        self.shown: dict[str, list[Tensor]] = dict.fromkeys(shown, [])
+        self.shown: dict[str, list[Tensor]] = {path: [] for path in shown}
         self._settings, self._folder = settings, folder
         self._counted = [StreamingMetrics() for _ in range(settings)] if streaming else None
         self._masks: list[Tensor] | None = []
@@ -74,9 +74,9 @@ class Collection:
             pixels = pixels.reshape(len(pixels), *pixels.shape[-2:]).contiguous()
             self._size = tuple(pixels.shape[-2:])
             for path, row in rows.items():
-                self.shown[path] = [*self.shown[path], pixels[row].clone()]
+                self.shown[path].append(pixels[row].clone())
             if self._counted is None:
-                self._files[number].write(memoryview(pixels.numpy()).cast("B"))
+                self._files[number].write(pixels.numpy().tobytes())
             elif masks is not None:
                 self._counted[number].update(masks.numpy(), pixels.numpy(), labels, np.zeros(len(labels)))
         if masks is None or number < 0:

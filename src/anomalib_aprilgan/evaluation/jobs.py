@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule
+from anomalib.models.components import AnomalibModule
 from anomalib.pipelines.benchmark.job import BenchmarkJob
 from anomalib.utils.logging import hide_output
 from lightning import seed_everything
@@ -194,7 +195,7 @@ class SharedPassJob(BenchmarkJob):
             arrays: dict[str, Any] = {name: values.numpy() for name, values in maps.items()}
             arrays |= {"image": np.array(path), "mask": np.array(mask)}
             name = f"{cell.model}-{cell.dataset}-{cell.category}-{number}.npz"
-            write_atomically(self.task.maps / name, lambda file, arrays=arrays: np.savez(file, **arrays))
+            write_atomically(self.task.maps / name, partial(np.savez, **arrays))
 
 
 def first_defects(datamodule: AnomalibDataModule, number: int) -> dict[str, str]:
@@ -207,9 +208,10 @@ def first_defects(datamodule: AnomalibDataModule, number: int) -> dict[str, str]
 
 def _show_raw_scores(model: AnomalibModule, evaluator: CollectingEvaluator) -> None:
     """No scale that ties scores, no thresholds, no pictures; fused scores stay fused."""
-    if model.post_processor is not None:
-        model.post_processor.enable_normalization = False
-        model.post_processor.enable_thresholding = False
+    post_processor: Any = model.post_processor  # anomalib allows none
+    if post_processor is not None:
+        post_processor.enable_normalization = False
+        post_processor.enable_thresholding = False
     model.evaluator = evaluator
     model.visualizer = None
 

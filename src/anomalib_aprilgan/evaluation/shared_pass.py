@@ -9,13 +9,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from ..decisions import DecisionsWriter
 from ..lightning_model import AprilGAN
 from ..memory_bank import MemoryBank
-from ..references import ReferenceSource, read_reference
+from ..references import ReferenceSource, read_reference, references_of_class
 from ..scoring import fused_score, map_statistic
 from .collecting import Collection
 
@@ -76,15 +75,18 @@ class SharedPass(AprilGAN):
             self._references.fill([torch.cat(stage) for stage in zip(*tokens, strict=True)])
 
     def _source(self, setting: Setting) -> ReferenceSource:
-        return ReferenceSource(*setting, self.preparation.references, self._datamodule, *self.model.class_names)
+        (name,) = self.model.class_names
+        given = self.preparation.references
+        given = None if given is None else references_of_class(given, name, [name])
+        return ReferenceSource(*setting, given, self._datamodule)
 
     def _prepared(self, file: Path) -> Tensor:
         image = read_reference(file).to(self._target_device)
         return cast("Tensor", self.pre_processor(image) if self.pre_processor else image)
 
-    def test_step(self, batch: ImageBatch) -> STEP_OUTPUT:  # type: ignore[override]  # as the model's own
+    def test_step(self, batch: ImageBatch) -> None:  # type: ignore[override]  # as the model's own
         """Maps of every setting, handed on; nothing is kept but a few numbers per image."""
-        images = batch.image.as_subclass(Tensor)
+        images = cast("Tensor", batch.image).as_subclass(Tensor)
         text, maps = self.model.infer_banks(images, self._references, self._banks)
         self._text.append(text.float().cpu())
         if self.collection is None:

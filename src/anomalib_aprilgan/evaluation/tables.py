@@ -28,7 +28,7 @@ _TITLES = {
     "image_aupr": "image AUPR",
     "challenge_f1_max": "harmonic mean of F1-max",
 }
-_NOTHING, _FLAG = "–", "⚠"
+_NOTHING, _FLAG = "\N{EN DASH}", "\N{WARNING SIGN}"
 _LONGEST_REASON = 400
 
 
@@ -200,7 +200,7 @@ def _beside_code(dataset: str, rows: pd.DataFrame, tolerance: float) -> str:
     if not lines:
         return ""
     title = f"## {dataset}: ours / a rerun of the authors' code (difference), percent"
-    note = f"{_FLAG}: further off than {100 * tolerance:.1f} points. Their 4-shot references are one draw, that of seed 42."
+    note = f"{_FLAG}: further off than {100 * tolerance:.1f} points. Their 4-shot references are one draw, of seed 42."
     table = _markdown(("setting", "method", "category", *map(title_of, PAPER)), lines)
     return "\n\n".join([title, table, note])
 
