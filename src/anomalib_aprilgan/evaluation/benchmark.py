@@ -388,8 +388,7 @@ class ResumingRunner(Runner):
                 progress.update(len(job.cells))
         return failed
 
-    @staticmethod
-    def _run(job: CellJob | SharedPassJob) -> list[CellResult]:
+    def _run(self, job: CellJob | SharedPassJob) -> list[CellResult]:
         try:
             return cast("list[CellResult]", job.run()["results"])
         except Exception as error:  # whatever a model raises, the rest is done
@@ -398,6 +397,8 @@ class ResumingRunner(Runner):
                 cause = cause.__cause__
             if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
                 raise cause from None
+            if len(job.cells) > 1:  # one setting must not take the others with it
+                return [result for part in job.split() for result in self._run(part)]
             logger.exception("%s failed.", job.cells[0])
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
             return [CellResult(cell, FAILED, reason) for cell in job.cells]

@@ -104,6 +104,10 @@ class CellJob(BenchmarkJob):
         super().__init__(task.accelerator, cast("Any", None), cast("Any", None), cell.seed, {})
         self.task, self.cells, self._build, self._load = task, [cell], build, datamodule
 
+    def split(self) -> list[CellJob]:
+        """Jobs of one cell each: this one."""
+        return [self]
+
     @hide_output
     def run(self, task_id: int | None = None) -> dict[str, Any]:  # noqa: ARG002  # one process
         """Build, fit and test; returns :class:`CellResult` by cell."""
@@ -147,6 +151,10 @@ class SharedPassJob(BenchmarkJob):
     ) -> None:
         super().__init__(task.accelerator, cast("Any", None), cast("Any", None), cells[0].seed, {})
         self.task, self.cells, self._arguments, self._load = task, list(cells), arguments, datamodule
+
+    def split(self) -> list[SharedPassJob]:
+        """Jobs of one cell each."""
+        return [SharedPassJob(self.task, [cell], self._arguments, self._load) for cell in self.cells]
 
     @hide_output
     def run(self, task_id: int | None = None) -> dict[str, Any]:  # noqa: ARG002  # one process
