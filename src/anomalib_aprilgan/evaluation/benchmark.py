@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -41,7 +42,7 @@ from ..lightning_model import AprilGAN
 from ..plugin import register
 from ..weights import write_atomically
 from . import plots, tables
-from .cells import FAILED, FULL, Cell, CellResult, Results
+from .cells import FAILED, FULL, Cell, CellResult, Results, file_stem
 from .figures import heatmap_figure
 from .jobs import CellJob, SharedPassJob, Task
 from .provenance import hardware, now, versions
@@ -520,11 +521,13 @@ def _notes(plan: Plan) -> list[str]:
 def _draw_heatmaps(results: Results, plan: Plan) -> None:
     """The paper's figure 2 for every model and data set."""
     groups: dict[str, list[Path]] = {}
-    for entry, data, cells in plan.groups():
+    for _, _, cells in plan.groups():
         if cells:
-            name = f"{entry.name}-{data['class_path'].rpartition('.')[2]}"
-            prefix = f"{name}-{cells[0].category}-"
-            groups.setdefault(name, []).extend(sorted(results.heatmaps.glob(f"{prefix}*.npz")))
+            first = cells[0]
+            stem = file_stem(first.model, first.dataset, first.category)
+            groups.setdefault(f"{first.model}-{first.dataset}", []).extend(
+                sorted(results.heatmaps.glob(f"{stem}-*.npz"))
+            )
     for name, stored in groups.items():
         shown = [np.load(file) for file in stored]
         settings = [key for key in shown[0].files if key not in {"image", "mask"}] if shown else []
@@ -536,7 +539,7 @@ def _draw_heatmaps(results: Results, plan: Plan) -> None:
                 [Path(str(one["image"])) for one in rows],
                 [Path(str(one["mask"])) for one in rows],
                 maps,
-                results.folder / f"heatmaps_{name}.png",
+                results.folder / f"heatmaps_{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png",
             )
 
 

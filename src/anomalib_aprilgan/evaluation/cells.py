@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -155,8 +156,13 @@ class Results:
         write_atomically(self.folder / "results.json", lambda file: file.write(text))
 
     def _path_of(self, cell: Cell) -> Path:
-        words = "-".join(str(part) for part in cell)
-        return self.folder / "cells" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', words)}.json"
+        return self.folder / "cells" / f"{file_stem(*cell)}.json"
+
+
+def file_stem(*parts: str | int) -> str:
+    """A file name for names that may hold any sign: readable, and never that of other names."""
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(str(part) for part in parts))
+    return f"{words}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401  # JSON

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..references import ReferenceSource
 from ..weights import write_atomically
-from .cells import Cell, CellResult
+from .cells import Cell, CellResult, file_stem
 from .collecting import CollectingEvaluator, Collection
 from .provenance import hardware, now, weights_checksum
 from .shared_pass import Setting, SharedPass
@@ -202,7 +202,7 @@ class SharedPassJob(BenchmarkJob):
             cell = self.cells[0]
             arrays: dict[str, Any] = {name: values.numpy() for name, values in maps.items()}
             arrays |= {"image": np.array(path), "mask": np.array(mask)}
-            name = f"{cell.model}-{cell.dataset}-{cell.category}-{number}.npz"
+            name = f"{file_stem(cell.model, cell.dataset, cell.category)}-{number}.npz"
             write_atomically(self.task.maps / name, partial(np.savez, **arrays))
 
 

@@ -19,7 +19,7 @@ from .cells import DONE, FULL
 from .tables import means_of_seeds, setting_of, settings_in, title_of
 
 # Okabe and Ito's colours, told apart by colour-blind eyes as well; markers tell the models apart without colour.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -123,7 +123,7 @@ def _shots_label(k_shot: int) -> str:
 
 
 def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+    return COLOURS[number % len(COLOURS)]
 
 
 def _style(number: int) -> dict[str, Any]:
