@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from anomalib import LearningType
@@ -98,7 +98,8 @@ class AprilGAN(AnomalibModule):
         false_positive_rate: Share of good parts that a calibrated threshold may flag, in (0, 0.5].
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
-        evaluator: Evaluator, or whether to use the default one.
+        evaluator: Evaluator, or whether to use the default one; ``"anomalib"`` for the metrics that its other models
+            have, which ``anomalib benchmark`` needs to put them into one table.
         visualizer: Visualizer, or whether to use the default one.
 
     Raises:
@@ -134,7 +135,7 @@ class AprilGAN(AnomalibModule):
         false_positive_rate: float = 0.01,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
-        evaluator: Evaluator | bool = True,
+        evaluator: Evaluator | bool | Literal["anomalib"] = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
         # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
@@ -168,7 +169,7 @@ class AprilGAN(AnomalibModule):
             post_processor=AprilGANPostProcessor(map_limit, top_share=top_share)
             if post_processor is True
             else post_processor,
-            evaluator=evaluator,
+            evaluator=AnomalibModule.configure_evaluator() if evaluator == "anomalib" else evaluator,
             visualizer=visualizer,
         )
         if isinstance(self.post_processor, AprilGANPostProcessor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -142,41 +143,45 @@ def test_export_writes_the_model(anomalib: Run, tmp_path: Path, model_arguments:
     assert path.stat().st_size > 10_000
 
 
-def test_benchmark_runs_the_model_by_its_class_name(tmp_path: Path, small_clip: Any) -> None:
+def test_benchmark_of_anomalib_runs_the_model_beside_patchcore(tmp_path: Path, small_clip: Any) -> None:
+    """anomalib's table wants the same arguments and metrics of all models: theirs in one string, and its own."""
+
+    def entry(class_path: str, arguments: dict[str, Any]) -> dict[str, str]:
+        said = ", ".join(f"{name}: {json.dumps(value)}" for name, value in arguments.items())
+        return {"class_path": class_path, "init_args": f"${{oc.decode:'{{{said}}}'}}"}
+
+    ours = {
+        "backbone": str(small_clip.quick_gelu),
+        "pretrained": str(small_clip.weights),
+        "image_size": 96,
+        "stages": [1, 2, 3, 4],
+        "adapters": str(small_clip.adapters_4),
+        "evaluator": "anomalib",
+    }
+    patchcore = {"backbone": "resnet18", "layers": ["layer2"], "pre_trained": False}
+    models = [entry("AprilGAN", ours), entry("AprilGAN", ours | {"k_shot": 4}), entry("Patchcore", patchcore)]
     config = {
         "accelerator": "cpu",
         "benchmark": {
             "seed": 42,
-            "model": {
-                "class_path": "AprilGAN",
-                "init_args": {
-                    "backbone": str(small_clip.quick_gelu),
-                    "pretrained": str(small_clip.weights),
-                    "image_size": 96,
-                    "stages": [1, 2, 3, 4],
-                    "adapters": str(small_clip.adapters_4),
-                    "k_shot": {"grid": [0, 4]},
-                },
-            },
+            "model": {"grid": models},
             "data": {
                 "class_path": "MVTecAD",
                 "init_args": {"root": str(DATASET), "category": {"grid": ["bottle", "tile"]}, "num_workers": 0},
             },
         },
     }
-    OmegaConf.save(config, tmp_path / "benchmark.yaml")
+    (tmp_path / "benchmark.yaml").write_text(json.dumps(config))  # JSON is YAML
     run_process(tmp_path, "benchmark", "--config=benchmark.yaml")
     (table,) = tmp_path.glob("runs/benchmark/*/results.csv")
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["model.init_args.k_shot"], row["data.init_args.category"]) for row in rows] == [
-        ("0", "bottle"),
-        ("0", "tile"),
-        ("4", "bottle"),
-        ("4", "tile"),
+    assert [(row["model.class_path"], row["data.init_args.category"]) for row in rows] == [
+        (model, category) for model in ("AprilGAN", "AprilGAN", "Patchcore") for category in ("bottle", "tile")
     ]
     assert float(rows[0]["image_AUROC"]) == pytest.approx(0.6071428, abs=1e-4)
-    assert rows[0]["pixel_AUPRO"] != rows[2]["pixel_AUPRO"]
+    assert rows[0]["pixel_AUROC"] != rows[2]["pixel_AUROC"]
+    assert all(0.0 <= float(row[name]) <= 1.0 for row in rows for name in ("image_F1Score", "pixel_F1Score"))
 
 
 def test_class_path_without_the_hook(tmp_path: Path, model_arguments: list[str]) -> None:
