@@ -147,32 +147,32 @@ def test_models_side_by_side_leave_all_files(configure: Configure) -> None:
     assert not list((folder / "scratch").iterdir())
 
 
-@pytest.mark.parametrize("metrics", ["exact", "streaming"])
-def test_shared_pass_equals_the_settings_one_by_one(configure: Configure, metrics: str) -> None:
+def test_shared_pass_equals_the_settings_one_by_one(configure: Configure) -> None:
     settings = {"k_shot": [0, 1, 3], "seed": [0, 1]}
-    shared, _ = run(configure("shared", **settings, metrics=metrics))
     single, _ = run(configure("single", **settings, shared_pass=False))
-    assert len(shared) == len(single) == 5
-    assert shared.model.equals(single.model)
-    assert (shared[list(METRICS)] - single[list(METRICS)]).abs().max().max() < 1e-6
-    assert shared.pixel_auroc.nunique() > 3  # the draws differ
+    for metrics, tolerance in (("exact", 1e-6), ("streaming", 1e-4)):
+        shared, _ = run(configure(metrics, **settings, metrics=metrics))
+        assert len(shared) == len(single) == 5
+        assert shared.model.equals(single.model)
+        assert (shared[list(METRICS)] - single[list(METRICS)]).abs().max().max() < tolerance
+        assert shared.pixel_auroc.nunique() > 3  # the draws differ
 
 
 def test_killed_and_restarted_equals_undisturbed(configure: Configure, tmp_path: Path) -> None:
-    settings = {"k_shot": [0, 1, 2], "seed": [0, 1], "shared_pass": False}
+    settings = {"k_shot": [0, 1, 2], "shared_pass": False}
     _, undisturbed = run(configure("undisturbed", **settings))
     config, folder = configure("killed", **settings), tmp_path / "killed"
     command = [sys.executable, "-m", "anomalib_aprilgan.evaluation.benchmark", "--config", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("cells/*.json"))) < 2:
+    while not list(folder.glob("cells/*.json")):
         assert process.poll() is None, "It ended before it could be killed."
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*.json")}
-    assert 2 <= len(kept) < 5
+    assert 1 <= len(kept) < 3
     assert not (folder / "results.csv").exists()
     run(config)
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())  # not done twice

@@ -183,9 +183,9 @@ def test_muon_goes_downhill():
 
 
 def test_short_training_lowers_its_losses_and_is_repeatable(pictures, architecture):
-    recipe = Recipe(steps=30, phases=((0.5, 32, 12), (1.0, 64, 6)))
+    recipe = Recipe(steps=16, phases=((0.5, 32, 12), (1.0, 64, 6)))
     runs = []
-    for steps in (30, 2):
+    for steps in (16, 2):
         trainer = Trainer(architecture, recipe, pictures, torch.device("cpu"))
         runs.append([trainer.step(number) for number in range(steps)])
     assert runs[0][:2] == runs[1]

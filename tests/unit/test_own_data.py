@@ -219,7 +219,7 @@ class TestGoodParts:
         assert len(data.train_data) == 6  # what anomalib would set aside for testing included
         assert data.train_data.has_anomalous
         share = []
-        for data.train_data.epoch in range(20):
+        for data.train_data.epoch in range(8):
             for item in items_of(data):
                 original = read_image(item.image_path, as_tensor=True)
                 changed = (item.image != original).any(dim=0)
