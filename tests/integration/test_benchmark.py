@@ -18,11 +18,13 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from anomalib_aprilgan import built_in
+from anomalib_aprilgan import built_in, preparation
+from anomalib_aprilgan.backbone import load_clip
 from anomalib_aprilgan.evaluation import collecting
-from anomalib_aprilgan.evaluation.benchmark import main, read_config
+from anomalib_aprilgan.evaluation.benchmark import main
 from anomalib_aprilgan.evaluation.cells import COLUMNS
 from anomalib_aprilgan.evaluation.metrics import METRICS
+from anomalib_aprilgan.evaluation.plan import read_config
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
 
 from ..conftest import DATASET
@@ -297,8 +299,12 @@ def test_grids_and_cells() -> None:
 
 
 @pytest.mark.parametrize(("dataset", "write"), [("MVTecAD", write_mvtec_ad), ("Visa", write_visa)])
-def test_reproduce_config_goes_through_on_a_stand_in(tmp_path: Path, dataset: str, write: Callable[..., None]) -> None:
-    """All categories of the real data set, in its layout; ours alone, with the built-in CLIP."""
+def test_reproduce_config_goes_through_on_a_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, write: Callable[..., None]
+) -> None:
+    """All categories of the real data set, in its layout; ours alone, with the built-in CLIP, loaded once."""
+    loaded: list[Any] = []
+    monkeypatch.setattr(preparation, "load_clip", lambda *given: loaded.append(given) or load_clip(*given))
     reference = official_code(dataset, 0)
     assert reference is not None
     root, results = tmp_path / "data", tmp_path / "results"
@@ -313,6 +319,7 @@ def test_reproduce_config_goes_through_on_a_stand_in(tmp_path: Path, dataset: st
     assert list(dict.fromkeys(table.category)) == list(reference.index)
     assert len(table) == 3 * len(reference)
     assert set(table.status) == {"done"}
+    assert len(loaded) == 1
     text = (results / "tables.md").read_text()
     published = report_table(dataset).loc[(0, "APRIL-GAN"), "image_auroc"]
     assert f"## {dataset}: ours / the report's table" in text

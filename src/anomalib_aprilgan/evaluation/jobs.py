@@ -22,6 +22,7 @@ from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..backbone import ClipBackbone
 from ..references import ReferenceSource
 from ..weights import write_atomically
 from .cells import Cell, CellResult, file_stem
@@ -144,17 +145,24 @@ class SharedPassJob(BenchmarkJob):
         cells: Which, all of one model and category.
         arguments: Of :class:`AprilGAN`.
         datamodule: Makes its data.
+        clips: CLIPs that earlier jobs loaded, by the names of their models; this job's comes to them.
     """
 
     def __init__(
-        self, task: Task, cells: Sequence[Cell], arguments: dict[str, Any], datamodule: Callable[[], AnomalibDataModule]
+        self,
+        task: Task,
+        cells: Sequence[Cell],
+        arguments: dict[str, Any],
+        datamodule: Callable[[], AnomalibDataModule],
+        clips: dict[str, ClipBackbone] | None = None,
     ) -> None:
         super().__init__(task.accelerator, cast("Any", None), cast("Any", None), cells[0].seed, {})
         self.task, self.cells, self._arguments, self._load = task, list(cells), arguments, datamodule
+        self._clips = {} if clips is None else clips
 
     def split(self) -> list[SharedPassJob]:
         """Jobs of one cell each."""
-        return [SharedPassJob(self.task, [cell], self._arguments, self._load) for cell in self.cells]
+        return [SharedPassJob(self.task, [cell], self._arguments, self._load, self._clips) for cell in self.cells]
 
     @hide_output
     def run(self, task_id: int | None = None) -> dict[str, Any]:  # noqa: ARG002  # one process
@@ -173,9 +181,13 @@ class SharedPassJob(BenchmarkJob):
             ) as collection,
         ):
             model = SharedPass(settings, **self._arguments)
+            name = self.cells[0].model
+            if name in self._clips:
+                model.model.attach_backbone(self._clips[name])
             model.collection = collection
             engine = self.task.engine(folder, limit_val_batches=0)
             engine.test(model=model, datamodule=self.datamodule, verbose=False)
+            self._clips[name] = model.model.backbone
             metrics = collection.measure(model.scores())
         details = {
             "weights_sha256": weights_checksum(model),
