@@ -22,7 +22,7 @@ from anomalib_aprilgan import built_in, preparation
 from anomalib_aprilgan.backbone import load_clip
 from anomalib_aprilgan.evaluation import collecting
 from anomalib_aprilgan.evaluation.benchmark import main
-from anomalib_aprilgan.evaluation.cells import COLUMNS
+from anomalib_aprilgan.evaluation.cells import COLUMNS, FULL
 from anomalib_aprilgan.evaluation.metrics import METRICS
 from anomalib_aprilgan.evaluation.plan import read_config
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
@@ -296,6 +296,30 @@ def test_grids_and_cells() -> None:
     ]
     assert {cell.k_shot for cell in plan.cells() if cell.model == "Patchcore"} == {1, -1}
     assert {cell.model for cell in plan.cells()} == {"ours", "Patchcore"}
+
+
+def test_quick_config_compares_all_models() -> None:
+    plan = read_config(OmegaConf.to_container(OmegaConf.load(CONFIGS / "benchmark_built_in.yaml"))["benchmark"])
+    assert {cell.model.removesuffix(" (random weights)") for cell in plan.cells()} == {"AprilGAN", *OTHERS}
+    assert {entry.name for entry in plan.models if not entry.generated} == {"AprilGAN"}
+    assert len(plan.cells()) == 2 * (7 + 7 + 6 + 4)
+
+
+def test_all_training_images_for_models_that_learn(tmp_path: Path) -> None:
+    root, results = tmp_path / "data", tmp_path / "results"
+    write_mvtec_ad(root, ["bottle"], train=4)
+    arguments = [f"benchmark.model.AprilGAN.init_args={json.dumps(OURS['init_args'])}", "benchmark.model.WinCLIP=null"]
+    arguments += [f"benchmark.model.{name}={json.dumps(OTHERS[name])}" for name in ("PatchCore", "PaDiM")]
+    arguments += [f"benchmark.data.init_args.root={root}", "benchmark.data.init_args.category=bottle"]
+    arguments += ["benchmark.data.init_args.num_workers=0", "accelerator=cpu", f"results={results}"]
+    main(["--config", str(CONFIGS / "benchmark.yaml"), *arguments])
+    table = pd.read_csv(results / "results.csv")
+    assert set(table.status) == {"done"}
+    of_all = table[table.k_shot == FULL]
+    assert list(of_all.model) == ["PatchCore (random weights)", "PaDiM (random weights)"]
+    cells = json.loads((results / "results.json").read_text())["cells"]
+    assert {cell["cell"]["k_shot"] for cell in cells} == {0, 1, 4, FULL}
+    assert "| all images | PatchCore (random weights) |" in (results / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(("dataset", "write"), [("MVTecAD", write_mvtec_ad), ("Visa", write_visa)])
