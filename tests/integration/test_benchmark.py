@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
@@ -192,6 +193,9 @@ def test_a_cell_that_fails_is_reported_and_the_rest_is_done(configure: Configure
     assert list(table.status) == ["done", "failed", "done", "failed", "done"]
     assert table.reason[1].startswith("ValueError: `k_shot` must be at most the 5 normal images")
     assert table[table.status == "failed"][list(METRICS)].isna().all().all()
+    (maps,) = folder.glob("maps/*.npz")
+    with np.load(maps) as kept:
+        assert {"0-shot", "1-shot"} < set(kept)
     text = (folder / "tables.md").read_text()
     assert "# Failed" in text
     assert "`k_shot` must be at most the 5 normal images" in text

@@ -269,7 +269,8 @@ def _draw_heatmaps(results: Results, plan: Plan) -> None:
             )
     for name, stored in groups.items():
         shown = [np.load(file) for file in stored]
-        settings = [key for key in shown[0].files if key not in {"image", "mask"}] if shown else []
+        kept = {key for one in shown[:1] for key in one.files} - {"image", "mask"}
+        settings = sorted(kept, key=lambda title: int(title.partition("-")[0]))
         rows = [one for one in shown if all(setting in one.files for setting in settings)]
         rows = [one for one in rows if Path(str(one["image"])).exists() and Path(str(one["mask"])).exists()]
         if rows:

@@ -214,8 +214,11 @@ class SharedPassJob(BenchmarkJob):
             cell = self.cells[0]
             arrays: dict[str, Any] = {name: values.numpy() for name, values in maps.items()}
             arrays |= {"image": np.array(path), "mask": np.array(mask)}
-            name = f"{file_stem(cell.model, cell.dataset, cell.category)}-{number}.npz"
-            write_atomically(self.task.maps / name, partial(np.savez, **arrays))
+            file = self.task.maps / f"{file_stem(cell.model, cell.dataset, cell.category)}-{number}.npz"
+            if file.exists():  # of the settings that were done before
+                with np.load(file) as kept:
+                    arrays = dict(kept) | arrays
+            write_atomically(file, partial(np.savez, **arrays))
 
 
 def first_defects(datamodule: AnomalibDataModule, number: int) -> dict[str, str]:
