@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,13 @@ from anomalib_aprilgan import AprilGAN
 GOLDEN = Path(__file__).parent / "parity" / "golden"
 DATASET = GOLDEN / "dataset"
 CLIP_SHA256 = "98d07ac0"  # of the weights the golden outputs were recorded with
+
+
+def pytest_configure() -> None:
+    """Workers share the cores, as do the processes they start: with all threads each, twice the time is spent."""
+    threads = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @dataclass(frozen=True)
