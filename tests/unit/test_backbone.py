@@ -399,7 +399,7 @@ class TestTags:
         assert "owner/clip/open_clip_model.safetensors in the Hugging Face cache" in text
         assert str(home / ".cache" / "clip" / "Tiny.pt") in text
         assert "`pretrained=/path/to/file`" in text
-        assert "`backbone='ViT-drawn-96'`, `pretrained='drawn'`, `image_size=96`, `stages=(3, 4)`" in text
+        assert "`backbone='ViT-drawn-96'`, `pretrained='drawn'`, `image_size=96`, `stages=(4,)`" in text
 
     def test_published_tag_offline(self) -> None:
         with pytest.raises(

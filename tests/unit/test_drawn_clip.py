@@ -6,15 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from anomalib_aprilgan import built_in
 from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
-from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, draw_twins
-from anomalib_aprilgan.drawn_clip import average, captions, pretrain
+from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES, draw_twins
+from anomalib_aprilgan.drawn_clip import captions, pretrain
 from anomalib_aprilgan.drawn_clip.captions import Caption, draw_caption, draw_state_sentences
 from anomalib_aprilgan.drawn_clip.muon import Muon, orthogonalise
-from anomalib_aprilgan.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss
+from anomalib_aprilgan.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss, ranking_loss
 from anomalib_aprilgan.drawn_clip.pictures import crop, draw_pictures, vary
 from anomalib_aprilgan.drawn_clip.pretrain import (
     CAPTIONED_CATEGORIES,
@@ -29,7 +29,7 @@ from anomalib_aprilgan.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES
 
 @pytest.fixture(scope="module")
 def pictures():
-    return draw_pictures(("pill", "wood"), ("hole", "scratch"), 12, 5, 96, progress=False)
+    return draw_pictures(("pill", "wood"), ("hole", "scratch"), 6, 2, 5, 96, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +91,25 @@ def test_state_sentences_are_of_the_ensemble_and_use_many_states():
 
 def test_drawn_pictures_are_the_twins_of_their_names(pictures):
     assert len(pictures) == 12
-    assert pictures.categories == ("pill", "wood") * 6
+    assert pictures.categories == ("pill", "pill", "wood", "wood") * 3
     assert Counter(zip(pictures.categories, pictures.kinds, strict=True)) == {
         (category, kind): 3 for category in ("pill", "wood") for kind in ("hole", "scratch")
     }
-    third = draw_twins("pill", 5, 1, pictures.kinds[2], 96, random_style=True)
-    np.testing.assert_array_equal(pictures.bad[2], third.bad)
-    np.testing.assert_array_equal(pictures.mask[2], third.mask)
+    second_of_second_wood = draw_twins("wood", 6, 1, pictures.kinds[7], 96)
+    np.testing.assert_array_equal(pictures.bad[7], second_of_second_wood.bad)
+    np.testing.assert_array_equal(pictures.mask[7], second_of_second_wood.mask)
 
 
-def test_a_category_named_twice_has_twice_as_many_pictures():
-    drawn = draw_pictures(("pill", "wood", "wood"), ("hole",), 6, 5, 32, progress=False)
+def test_a_category_named_twice_has_twice_as_many_products():
+    drawn = draw_pictures(("pill", "wood", "wood"), ("hole",), 6, 1, 5, 32, progress=False)
     assert Counter(drawn.categories) == {"pill": 2, "wood": 4}
     wood = [good.tobytes() for good, category in zip(drawn.good, drawn.categories, strict=True) if category == "wood"]
     assert len(set(wood)) == 4
+
+
+def test_every_category_has_all_kinds_equally_often():
+    drawn = draw_pictures(("pill", "wood"), ("hole", "scratch", "stain"), 6, 2, 5, 32, progress=False)
+    assert set(Counter(zip(drawn.categories, drawn.kinds, strict=True)).values()) == {2}
 
 
 def test_windows_show_some_of_the_defect(pictures):
@@ -149,6 +154,21 @@ def test_patch_loss_counts_every_pair_the_same():
     assert patch_loss(logits, mask) == patch_loss(logits[:2], mask[:1]) == pytest.approx(12.5)
 
 
+def test_ranking_loss_compares_the_pictures_of_a_product():
+    margins = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    pairs = [
+        np.log1p(np.exp(float(margins[0, product, good] - margins[1, product, bad])))
+        for product in range(3)
+        for good in range(4)
+        for bad in range(4)
+    ]
+    assert ranking_loss(margins) == pytest.approx(np.mean(pairs), rel=1e-5)
+    shifted = margins + torch.tensor([5.0, -7.0, 0.0])[:, None]  # a product whose pictures all look odd
+    torch.testing.assert_close(ranking_loss(shifted), ranking_loss(margins))
+    perfect = torch.stack([torch.full((3, 4), -50.0), torch.full((3, 4), 50.0)])
+    assert ranking_loss(perfect) < 1e-6
+
+
 def test_contrastive_loss_leaves_out_what_fits_by_chance():
     logits = torch.tensor([[2.0, 9.0], [0.5, 1.0]])
     ignored = torch.tensor([[False, True], [False, False]])
@@ -183,17 +203,46 @@ def test_muon_goes_downhill():
 
 
 def test_short_training_lowers_its_losses_and_is_repeatable(pictures, architecture):
-    recipe = Recipe(steps=16, phases=((0.5, 32, 12), (1.0, 64, 6)))
+    recipe = Recipe(steps=16, per_product=2, phases=((0.5, 32, 6), (1.0, 64, 3)))
     runs = []
     for steps in (16, 2):
         trainer = Trainer(architecture, recipe, pictures, torch.device("cpu"))
         runs.append([trainer.step(number) for number in range(steps)])
     assert runs[0][:2] == runs[1]
+    assert [number for number, losses in enumerate(runs[0]) if "contrast" in losses] == [0, 4, 8, 12]
     first, last = (
-        {name: np.mean([step[name] for step in part]) for name in part[0]} for part in (runs[0][:8], runs[0][-8:])
+        {name: np.mean([step[name] for step in part]) for name in ("image", "ranking", "patch")}
+        for part in (runs[0][:4], runs[0][-4:])
     )
     assert last["patch"] < 0.8 * first["patch"]
-    assert last["total"] < 0.8 * first["total"]
+    assert last["image"] < 0.8 * first["image"]
+    assert last["ranking"] < first["ranking"]
+
+
+def test_inventions_come_later(architecture, monkeypatch):
+    pictures = draw_pictures(("pill", INVENTIONS[0]), ("hole",), 8, 1, 5, 32, progress=False)
+    recipe = Recipe(steps=4, per_product=1, phases=((1.0, 32, 4),), inventions_from=0.5)
+    trainer = Trainer(architecture, recipe, pictures, torch.device("cpu"))
+    shown, losses = [], trainer.losses
+    monkeypatch.setattr(
+        trainer, "losses", lambda twins, *, contrast: shown.append(twins.categories) or losses(twins, contrast=contrast)
+    )
+    for number in range(4):
+        trainer.step(number)
+    assert set(shown[0] + shown[1]) == {"pill"}
+    assert Counter(shown[2] + shown[3]) == {"pill": 4, INVENTIONS[0]: 4}  # all of them before any comes again
+
+
+def test_kept_is_the_running_mean_of_the_weights(pictures, architecture):
+    recipe = Recipe(steps=3, per_product=2, phases=((1.0, 32, 2),), decay=0.75)
+    trainer = Trainer(architecture, recipe, pictures, torch.device("cpu"))
+    history = []
+    for number in range(3):
+        trainer.step(number)
+        history.append(trainer.clip.visual.proj.detach().clone())
+    expected = 0.75 * (0.75 * history[0] + 0.25 * history[1]) + 0.25 * history[2]
+    torch.testing.assert_close(trainer.kept.visual.proj.detach(), expected)
+    assert not torch.equal(history[1], history[2])
 
 
 def test_training_writes_loadable_weights_and_a_log(tmp_path, architecture, monkeypatch):
@@ -201,32 +250,20 @@ def test_training_writes_loadable_weights_and_a_log(tmp_path, architecture, monk
     monkeypatch.setattr(pretrain, "UNSEEN_CATEGORIES", ("nut",))
     monkeypatch.setattr(pretrain, "CAPTIONED_CATEGORIES", ("pill",))
     out = tmp_path / "clip.safetensors"
-    log = train(Recipe(steps=2, pool=4, phases=((0.5, 32, 2), (1.0, 96, 2))), out)
+    recipe = Recipe(steps=2, products=2, per_product=2, phases=((0.5, 32, 1), (1.0, 96, 1)))
+    log = train(recipe, out)
     assert json.loads(out.with_suffix(".log.json").read_text())["curve"] == log["curve"]
     assert set(log["zero_shot_image_auroc"]) == {"nut", "pill"}
     assert set(tmp_path.iterdir()) == {out, out.with_suffix(".log.json")}  # nothing half-written stays behind
     clip = load_clip(architecture, str(out))
-    refined = tmp_path / "refined.safetensors"
-    pretrain.main(["--steps", "1", "--pool", "32", "--seed", "1", "--initial", str(out), "--out", str(refined)])
-    before, after = load_file(out), load_file(refined)
-    moved = max((after[name].float() - before[name].float()).abs().max() for name in before)
-    assert 0 < moved < 0.01  # one step away from where it began
     states = clip.encode_states(["a photo of a pill."], ["a photo of a damaged pill."])
     torch.testing.assert_close(states.norm(dim=0), torch.ones(2))
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
     assert out.stat().st_size < 8_000_000
-
-
-def test_average_of_weight_files(tmp_path):
-    for name, values in (("a", [1.0, 2.0]), ("b", [3.0, -2.0]), ("c", [1.0, 2.0, 3.0])):
-        save_file({"proj": torch.tensor(values).half()}, tmp_path / f"{name}.safetensors")
-    a, b, c, out = (str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "c", "out"))
-    average.main([a, b, "--out", out])
-    (mean,) = load_file(out).values()
-    assert mean.dtype == torch.float16
-    assert mean.tolist() == [2.0, 0.0]
-    with pytest.raises(ValueError, match="the first and number 2 differ in proj"):
-        average.main([a, c, "--out", out])
-    with pytest.raises(FileNotFoundError, match=r"`weights`: .*nowhere"):
-        average.main([str(tmp_path / "nowhere.safetensors"), "--out", out])
-    assert load_file(out)["proj"].tolist() == [2.0, 0.0]
+    refined = tmp_path / "refined.safetensors"
+    pretrain.main(["--steps", "1", "--products", "32", "--seed", "1", "--initial", str(out), "--out", str(refined)])
+    before, after = load_file(out), load_file(refined)
+    moved = max((after[name].float() - before[name].float()).abs().max() for name in before)
+    assert 0 < moved < 0.01  # one step away from where it began
+    with pytest.raises(SystemExit):
+        pretrain.main(["--out", "clip.pt"])

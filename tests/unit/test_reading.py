@@ -16,7 +16,7 @@ from PIL import Image, TiffImagePlugin
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.tv_tensors import Image as TensorImage
 
-from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan import AprilGAN, built_in
 from anomalib_aprilgan.data import AuxiliaryData, reading
 from anomalib_aprilgan.data.reading import UnreadableImageError, read_picture
 from anomalib_aprilgan.data.reading_hooks import (
@@ -550,7 +550,7 @@ def model() -> AprilGAN:
         backbone="ViT-drawn-96",
         pretrained="drawn",
         image_size=96,
-        stages=(3, 4),
+        stages=built_in.STAGES,
         class_name="nut",
         visualizer=False,
     )

@@ -12,8 +12,8 @@ _FOLDER = Path(__file__).parent
 ARCHITECTURE = "ViT-drawn-96"
 PRETRAINED = "drawn"
 IMAGE_SIZE = 96
-STAGES = (3, 4)
-MEMORY_STAGES = (1, 2, 3)
+STAGES = (4,)
+MEMORY_STAGES = (2, 3)
 
 CONFIG = _FOLDER / f"{ARCHITECTURE}.json"
 WEIGHTS = _FOLDER / f"{ARCHITECTURE}.safetensors"

@@ -31,6 +31,20 @@ def patch_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return (parts[0] + parts[1]).mean() / 2.0
 
 
+def ranking_loss(margins: Tensor) -> Tensor:
+    """Logistic loss of every bad picture against every good one of the same product.
+
+    What a product looks like shifts the scores of all its pictures alike. That need not be told from a
+    defect to rank them, which is what the image AUROC of a product asks for.
+
+    Args:
+        margins: ``(2, P, N)`` logit of the anomalous minus that of the normal state: of good pictures and of
+            bad ones, ``N`` of each of ``P`` products.
+    """
+    good, bad = margins
+    return F.softplus(good.unsqueeze(1) - bad.unsqueeze(2)).mean()
+
+
 def contrastive_loss(logits: Tensor, ignored: Tensor) -> Tensor:
     """CLIP's symmetric loss of ``(B, B)`` similarities, pairs that fit by chance left out."""
     logits = logits.masked_fill(ignored, -torch.inf)

@@ -45,36 +45,36 @@ class Pictures:
 def draw_pictures(
     categories: Sequence[str],
     kinds: Sequence[str],
-    number: int,
+    products: int,
+    per_product: int,
     seed: int,
     image_size: int,
     *,
-    random_style: bool = True,
     workers: int = 1,
     progress: bool = True,
 ) -> Pictures:
-    """Twins over all categories and kinds in turn.
+    """Twins of many products, those of a product one after the other.
 
     Args:
-        categories: What to draw; what is named twice gets twice as many pictures.
-        kinds: The defects.
-        number: Number of twins.
-        seed: Seed of the drawing.
+        categories: What to draw in turn; what is named twice gets twice as many products.
+        kinds: The defects; all of them occur equally often in each category.
+        products: Number of products.
+        per_product: Twins of each.
+        seed: Number of the first product of every category; those that follow count on from it.
         image_size: Side in pixels.
-        random_style: A new product in each picture, rather than one a category.
         workers: Processes that draw; the pictures do not depend on it.
         progress: Whether to show a bar.
     """
-    # Round after round gives every category one picture, with kinds shifted so that all pairs occur equally often.
     plan, drawn = [], Counter[str]()
-    for index in range(number):
-        turn, place = divmod(index, len(categories))
+    for product in range(products):
+        turn, place = divmod(product, len(categories))
         category = categories[place]
-        plan.append((category, drawn[category], kinds[(turn + place) % len(kinds)]))
+        for index in range(per_product):
+            kind = kinds[(turn * per_product + place + index) % len(kinds)]
+            plan.append((category, seed + drawn[category], index, kind))
         drawn[category] += 1
-    chunks = [plan[start : start + _CHUNK] for start in range(0, number, _CHUNK)]
-    tasks = [(chunk, seed, image_size, random_style) for chunk in chunks]
-    bar = tqdm(total=number, desc="drawing", unit="twins", disable=not progress)
+    tasks = [(plan[start : start + _CHUNK], image_size) for start in range(0, len(plan), _CHUNK)]
+    bar = tqdm(total=len(plan), desc="drawing", unit="twins", disable=not progress)
     parts = []
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -87,14 +87,14 @@ def draw_pictures(
             bar.update(len(parts[-1][0]))
     bar.close()
     good, bad, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Pictures(good, bad, mask, tuple(entry[0] for entry in plan), tuple(entry[2] for entry in plan))
+    return Pictures(good, bad, mask, tuple(entry[0] for entry in plan), tuple(entry[3] for entry in plan))
 
 
 def _draw_chunk(
-    task: tuple[list[tuple[str, int, str]], int, int, bool],
+    task: tuple[list[tuple[str, int, int, str]], int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
-    plan, seed, image_size, random_style = task
-    twins = [_draw(category, seed, index, kind, image_size, random_style) for category, index, kind in plan]
+    plan, image_size = task
+    twins = [_draw(category, seed, index, kind, image_size) for category, seed, index, kind in plan]
     return (
         np.stack([pair.good for pair in twins]),
         np.stack([pair.bad for pair in twins]),
@@ -102,11 +102,11 @@ def _draw_chunk(
     )
 
 
-def _draw(category: str, seed: int, index: int, kind: str, image_size: int, random_style: bool) -> Twins:
+def _draw(category: str, seed: int, index: int, kind: str, image_size: int) -> Twins:
     """The twins of this index; of a far one in the rare case that no visible defect came out."""
     while True:
         try:
-            return draw_twins(category, seed, index, kind, image_size, random_style=random_style)
+            return draw_twins(category, seed, index, kind, image_size)
         except RuntimeError:
             index += 1_000_000
 

@@ -1,32 +1,38 @@
 """One training step of the small CLIP after another.
 
-A batch is good and bad twins of many products. Three losses: pictures against captions (those that
-fit as well are left out), every picture against the two states of its name, exactly as zero-shot
-scores are computed, and every patch against the same two by the mask of the defect.
+A batch is good and bad twins, several of each of many products. Four losses: every picture against the
+two states of its name, exactly as zero-shot scores are computed; the same scores of the bad pictures of
+a product against those of its good ones; every patch against the two states by the mask of the defect;
+and, now and then, pictures against captions (those that fit as well are left out).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import normalize
 
 from ..backbone import ClipArchitecture, ClipBackbone, VisionOutput, random_weights
+from ..data.drawing import INVENTIONS
 from ..pre_processing import CLIP_MEAN, CLIP_STD
 from ..scoring import TEMPERATURE, text_logits
 from .captions import draw_caption, draw_noun, draw_state_sentences
 from .muon import Muon
-from .objectives import also_fits, contrastive_loss, patch_loss
+from .objectives import also_fits, contrastive_loss, patch_loss, ranking_loss
 from .pictures import Pictures, crop, vary
 
+Choice = NDArray[np.int64]
 # Of normalised pixels: what sensor noise makes of it.
 _NOISE_VARIANCE = 0.01
 
@@ -38,37 +44,50 @@ class Recipe:
     Attributes:
         steps: Optimiser steps.
         seed: Seed of pictures, captions, order and initial weights.
-        pool: Twins drawn before the training.
-        phases: Up to which share of the steps, side in pixels of the windows that are looked at, and good
-            and bad pairs a step. Small windows first: for the same work many more defects are seen.
+        products: Products drawn before the training.
+        per_product: Twins of each; they are looked at together.
+        phases: Up to which share of the steps, side in pixels of the windows that are looked at, and products
+            a step. Small windows first: for the same work many more defects are seen.
+        inventions: How many products are goods that do not exist, for each that is of a category.
+        inventions_from: Share of the steps before which only categories are shown: of fewer looks,
+            what a defect is is learned sooner.
         sentences: Sentences a state for the ensembles of a step.
         learning_rate: Peak learning rate of the blocks' matrices, under Muon.
         table_learning_rate: Peak learning rate of all else, under AdamW.
+        image_weight: Weight of the loss of pictures against the states of their names.
+        ranking_weight: Weight of the loss of bad against good pictures of a product.
         patch_weight: Weight of the patches' loss, at the start and at the end.
         contrast_weight: Weight of the loss of pictures against captions.
-        inventions: How many twins are goods that do not exist, for each that is of a category.
+        contrast_every: Steps from one to the next that has it.
+        decay: Of the running mean of the weights, per step.
     """
 
-    steps: int = 7000
+    steps: int = 20_000
     seed: int = 0
-    pool: int = 24_000
-    phases: tuple[tuple[float, int, int], ...] = ((0.45, 32, 128), (0.75, 64, 32), (1.0, 96, 24))
+    products: int = 12_000
+    per_product: int = 4
+    phases: tuple[tuple[float, int, int], ...] = ((0.2, 32, 32), (0.4, 64, 8), (1.0, 96, 6))
+    inventions: int = 2
+    inventions_from: float = 0.08
     sentences: int = 2
     learning_rate: float = 4e-3
     table_learning_rate: float = 3e-3
+    image_weight: float = 0.3
+    ranking_weight: float = 1.0
     patch_weight: tuple[float, float] = (1.0, 0.4)
-    contrast_weight: float = 0.05
-    inventions: int = 0
+    contrast_weight: float = 0.2
+    contrast_every: int = 4
+    decay: float = 0.9975
 
     def refining(self) -> Recipe:
-        """The same for weights that are trained already: larger windows, smaller steps, inventions."""
+        """The same for weights that are trained already: whole pictures, smaller steps, inventions from the start."""
         return replace(
             self,
-            phases=((0.4, 64, 32), (1.0, 96, 24)),
-            learning_rate=self.learning_rate / 2.0,
-            table_learning_rate=self.table_learning_rate / 2.0,
+            phases=self.phases[-1:],
+            inventions_from=0.0,
+            learning_rate=self.learning_rate / 8.0,
+            table_learning_rate=self.table_learning_rate / 8.0,
             patch_weight=(self.patch_weight[1], self.patch_weight[1]),
-            inventions=max(1, self.inventions),
         )
 
 
@@ -78,9 +97,13 @@ class Trainer:
     Args:
         architecture: What to train.
         recipe: How.
-        pictures: What on.
+        pictures: What on, ``recipe.per_product`` twins of every product.
         device: Where.
         initial: Weights to begin with; fresh ones otherwise.
+
+    Attributes:
+        clip: With the weights of the last step.
+        mean: The running mean of the weights.
     """
 
     def __init__(
@@ -94,6 +117,8 @@ class Trainer:
         self.clip = _fresh(architecture, recipe.seed, initial).to(device)
         if initial is None:
             _initialise(self.clip, pictures)
+        averaging = get_ema_multi_avg_fn(recipe.decay)  # type: ignore[no-untyped-call]
+        self.mean = AveragedModel(self.clip, multi_avg_fn=averaging)
         # Of the same shape for windows of pictures; they run with the weights of the one above.
         self.windowed = {
             side: _fresh(ClipArchitecture.load(architecture.name, (side, side), None), recipe.seed).to(device)
@@ -102,20 +127,36 @@ class Trainer:
         self.recipe, self.pictures, self.device = recipe, pictures, device
         self.choices = np.random.default_rng([recipe.seed, 1])
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.order = np.empty(0, dtype=np.int64)
+        categories = pictures.categories[:: recipe.per_product]
+        self.everything = np.arange(len(categories))
+        self.known = self.everything[[category not in INVENTIONS for category in categories]]
+        self.order = self.everything[:0]
         self.optimizers = _optimizers(self.clip, recipe.learning_rate, recipe.table_learning_rate)
+
+    @property
+    def kept(self) -> ClipBackbone:
+        """What to keep: with the running mean of the weights, as single steps are noisy."""
+        clip: ClipBackbone = self.mean.module  # type: ignore[assignment]
+        return clip
 
     def step(self, number: int) -> dict[str, float]:
         """One step; returns its losses."""
-        progress = number / self.recipe.steps
+        recipe, progress = self.recipe, number / self.recipe.steps
         factor = min(1.0, (number + 1) / 100) * min(1.0, (1.0 - progress) / 0.6)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-        side, twins = next((side, twins) for until, side, twins in self.recipe.phases if progress < until)
-        losses = self.losses(crop(self.pictures, self._next_twins(twins), side, self.choices))
-        start, end = self.recipe.patch_weight
-        weights = {"image": 1.0, "patch": start + (end - start) * progress, "contrast": self.recipe.contrast_weight}
+        side, products = next((side, products) for until, side, products in recipe.phases if progress < until)
+        shown = self.known if progress < recipe.inventions_from else self.everything
+        twins = crop(self.pictures, self._next_twins(shown, products), side, self.choices)
+        losses = self.losses(twins, contrast=number % recipe.contrast_every == 0)
+        start, end = recipe.patch_weight
+        weights = {
+            "image": recipe.image_weight,
+            "ranking": recipe.ranking_weight,
+            "patch": start + (end - start) * progress,
+            "contrast": recipe.contrast_weight,
+        }
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -123,29 +164,40 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.clip.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        return {"total": total.item(), **{name: loss.item() for name, loss in losses.items()}}
+        self.mean.update_parameters(self.clip)
+        return {name: loss.item() for name, loss in losses.items()}
 
-    def losses(self, twins: Pictures) -> dict[str, Tensor]:
-        """The three losses of a batch of twins."""
+    def losses(self, twins: Pictures, *, contrast: bool = True) -> dict[str, Tensor]:
+        """The losses of a batch of twins, those of a product one after the other.
+
+        Args:
+            twins: What is looked at.
+            contrast: Whether also the one of pictures against captions.
+        """
+        per_product = self.recipe.per_product
         good, bad = (as_planes(array, self.device) for array in (twins.good, twins.bad))
         mask = torch.from_numpy(twins.mask).to(self.device).float()
         good, bad, mask = vary(good, bad, mask, self.generator)
         images = normalize(torch.cat([good, bad]), list(CLIP_MEAN), list(CLIP_STD))
-        output = self._look(images)
-        states = self._state_features(twins.categories)
-        states = torch.cat([states, states])
+        with _half_precision(self.device):
+            output = self._look(images)
+            states = self._state_features(twins.categories[::per_product])
+        states = states.repeat_interleave(per_product, dim=0).repeat(2, 1, 1)
+        image_feature = output.image_feature.float()
         anomalous = torch.arange(len(images), device=self.device) >= len(twins)
         visual = self.clip.visual
         patch = [
-            patch_loss(text_logits(visual.ln_post(tokens) @ visual.proj, states), mask)
+            patch_loss(text_logits(visual.ln_post(tokens.float()) @ visual.proj, states), mask)
             for tokens in output.patch_tokens
         ]
-        image_logits = text_logits(output.image_feature.unsqueeze(1), states).squeeze(1)
-        return {
+        image_logits = text_logits(image_feature.unsqueeze(1), states).squeeze(1)
+        margins = (image_logits[:, 1] - image_logits[:, 0]).view(2, -1, per_product)
+        losses = {
             "image": F.cross_entropy(image_logits, anomalous.long()),
+            "ranking": ranking_loss(margins),
             "patch": torch.stack(patch).mean(),
-            "contrast": self._contrast(output.image_feature, twins),
         }
+        return losses | ({"contrast": self._contrast(image_feature, twins)} if contrast else {})
 
     def _look(self, images: Tensor) -> VisionOutput:
         """A pass over whole pictures, or over windows with the positions of a window anywhere in the picture."""
@@ -167,9 +219,10 @@ class Trainer:
         shown: list[tuple[str, str | None]] = [(category, None) for category in twins.categories[:number]]
         shown += zip(twins.categories[:number], twins.kinds[:number], strict=True)
         captions = [draw_caption(category, kind, self.choices) for category, kind in shown]
-        text_features = F.normalize(self.clip.encode_text([caption.text for caption in captions]), dim=-1)
+        with _half_precision(self.device):
+            text_features = self.clip.encode_text([caption.text for caption in captions])
         scale = self.clip.text.logit_scale.exp().clamp(max=TEMPERATURE)  # type: ignore[union-attr]
-        logits = scale * F.normalize(image_features, dim=-1) @ text_features.T
+        logits = scale * F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
         return contrastive_loss(logits, also_fits(captions, shown).to(self.device))
 
     def _state_features(self, categories: Sequence[str]) -> Tensor:
@@ -187,15 +240,25 @@ class Trainer:
         rows = torch.tensor([unique.index(noun) for noun in nouns], device=self.device)
         return F.normalize(features, dim=-1).transpose(1, 2)[rows]
 
-    def _next_twins(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The next twins of an order that visits all before any comes again."""
-        while len(self.order) < number:
-            self.order = np.concatenate([self.order, self.choices.permutation(len(self.pictures))])
-        chosen, self.order = self.order[:number], self.order[number:]
-        return chosen
+    def _next_twins(self, shown: Choice, products: int) -> Choice:
+        """All twins of the next products, of an order that visits all that are shown before any comes again."""
+        while len(self.order) < products:
+            self.order = np.concatenate([self.order, self.choices.permutation(shown)])
+        chosen, self.order = self.order[:products], self.order[products:]
+        per_product = self.recipe.per_product
+        twins: Choice = (chosen[:, None] * per_product + np.arange(per_product)).ravel()
+        return twins
 
 
-def as_planes(pictures: np.ndarray[Any, np.dtype[np.uint8]], device: torch.device) -> Tensor:
+@contextmanager
+def _half_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in bf16; on a CPU attention in them too: its fused kernel is far slower backwards in bf16."""
+    kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(kernels):
+        yield
+
+
+def as_planes(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
     """``(B, 3, H, W)`` in ``[0, 1]`` of 8-bit pictures ``(B, H, W, 3)``."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255.0
 
