@@ -2,7 +2,7 @@ r"""Trains the small CLIP of this package on captioned drawings: seeded, on a CP
 
 OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --out ViT-drawn-96.safetensors
 
-This takes some 110 minutes on one core. `--initial` refines weights instead. The ones in this package are those of
+This takes an hour on one core. `--initial` refines weights instead. The ones in this package are those of
 commit e9ddcec (five trainings by an earlier form of this module; its commands stand there) after an hour of that:
 
 git show e9ddcec:src/anomalib_aprilgan/built_in/ViT-drawn-96.safetensors > earlier.safetensors

@@ -59,16 +59,18 @@ class Recipe:
         patch_weight: Weight of the patches' loss, at the start and at the end.
         contrast_weight: Weight of the loss of pictures against captions.
         contrast_every: Steps from one to the next that has it.
+        cooling_from: Share of the steps after which the learning rates fall to zero.
+        cooling: Power of the remaining share by which they fall; 1 for a straight line.
         decay: Of the running mean of the weights, per step.
     """
 
-    steps: int = 20_000
+    steps: int = 10_500
     seed: int = 0
     products: int = 12_000
     per_product: int = 4
-    phases: tuple[tuple[float, int, int], ...] = ((0.2, 32, 32), (0.4, 64, 8), (1.0, 96, 6))
+    phases: tuple[tuple[float, int, int], ...] = ((0.52, 32, 32), (1.0, 96, 6))
     inventions: int = 2
-    inventions_from: float = 0.08
+    inventions_from: float = 0.12
     sentences: int = 2
     learning_rate: float = 4e-3
     table_learning_rate: float = 3e-3
@@ -77,6 +79,8 @@ class Recipe:
     patch_weight: tuple[float, float] = (1.0, 0.4)
     contrast_weight: float = 0.2
     contrast_every: int = 4
+    cooling_from: float = 0.0
+    cooling: float = 2.0
     decay: float = 0.9975
 
     def refining(self) -> Recipe:
@@ -87,6 +91,8 @@ class Recipe:
             inventions_from=0.0,
             learning_rate=self.learning_rate / 8.0,
             table_learning_rate=self.table_learning_rate / 8.0,
+            cooling_from=0.4,
+            cooling=1.0,
             patch_weight=(self.patch_weight[1], self.patch_weight[1]),
         )
 
@@ -142,7 +148,8 @@ class Trainer:
     def step(self, number: int) -> dict[str, float]:
         """One step; returns its losses."""
         recipe, progress = self.recipe, number / self.recipe.steps
-        factor = min(1.0, (number + 1) / 100) * min(1.0, (1.0 - progress) / 0.6)
+        remaining = min(1.0, (1.0 - progress) / (1.0 - recipe.cooling_from))
+        factor = min(1.0, (number + 1) / 100) * remaining**recipe.cooling
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
