@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from anomalib_aprilgan import built_in
 from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES, draw_twins
 from anomalib_aprilgan.drawn_clip import captions, pretrain
+from anomalib_aprilgan.drawn_clip import pictures as pictures_module
 from anomalib_aprilgan.drawn_clip.captions import Caption, draw_caption, draw_state_sentences
 from anomalib_aprilgan.drawn_clip.muon import Muon, orthogonalise
 from anomalib_aprilgan.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss, ranking_loss
@@ -105,6 +107,18 @@ def test_a_category_named_twice_has_twice_as_many_products():
     assert Counter(drawn.categories) == {"pill": 2, "wood": 4}
     wood = [good.tobytes() for good, category in zip(drawn.good, drawn.categories, strict=True) if category == "wood"]
     assert len(set(wood)) == 4
+
+
+def test_pictures_do_not_depend_on_who_draws_them(monkeypatch):
+    # Threads instead of processes, which would import everything first.
+    monkeypatch.setattr(pictures_module, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    alone, shared = (
+        draw_pictures(("pill", "wood"), ("hole",), 125, 2, 5, 32, workers=workers, progress=False) for workers in (1, 2)
+    )
+    assert len(alone) == 250  # more than one worker gets at a time
+    for name in ("good", "bad", "mask"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))
+    assert (alone.categories, alone.kinds) == (shared.categories, shared.kinds)
 
 
 def test_every_category_has_all_kinds_equally_often():
@@ -260,6 +274,7 @@ def test_training_writes_loadable_weights_and_a_log(tmp_path, architecture, monk
     torch.testing.assert_close(states.norm(dim=0), torch.ones(2))
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
     assert out.stat().st_size < 8_000_000
+
     refined = tmp_path / "refined.safetensors"
     pretrain.main(["--steps", "1", "--products", "32", "--seed", "1", "--initial", str(out), "--out", str(refined)])
     before, after = load_file(out), load_file(refined)

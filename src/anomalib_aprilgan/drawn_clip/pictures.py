@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 from ..data.drawing import Twins, draw_twins
 
 _CHUNK = 240
+# Category, seed, index and defect kind of twins; good, bad and mask of some of them.
+_Drawing = tuple[str, int, int, str]
+_Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ def draw_pictures(
         workers: Processes that draw; the pictures do not depend on it.
         progress: Whether to show a bar.
     """
-    plan, drawn = [], Counter[str]()
+    plan: list[_Drawing] = []
+    drawn = Counter[str]()
     for product in range(products):
         turn, place = divmod(product, len(categories))
         category = categories[place]
@@ -73,27 +79,24 @@ def draw_pictures(
             kind = kinds[(turn * per_product + place + index) % len(kinds)]
             plan.append((category, seed + drawn[category], index, kind))
         drawn[category] += 1
-    tasks = [(plan[start : start + _CHUNK], image_size) for start in range(0, len(plan), _CHUNK)]
-    bar = tqdm(total=len(plan), desc="drawing", unit="twins", disable=not progress)
-    parts = []
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for part in pool.map(_draw_chunk, tasks):
-                parts.append(part)
-                bar.update(len(part[0]))
-    else:
-        for task in tasks:
-            parts.append(_draw_chunk(task))
-            bar.update(len(parts[-1][0]))
-    bar.close()
-    good, bad, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    # Made beforehand, so that many pictures are held once and not twice.
+    good, bad = (np.empty((len(plan), image_size, image_size, 3), dtype=np.uint8) for _ in range(2))
+    mask = np.empty((len(plan), image_size, image_size), dtype=np.bool_)
+    chunks = [slice(start, start + _CHUNK) for start in range(0, len(plan), _CHUNK)]
+    draw = partial(_draw_chunk, image_size=image_size)
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(plan), desc="drawing", unit="twins", disable=not progress))
+        apply: Callable[..., Iterator[_Arrays]] = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            apply = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map
+        for chunk, arrays in zip(chunks, apply(draw, [plan[chunk] for chunk in chunks]), strict=True):
+            good[chunk], bad[chunk], mask[chunk] = arrays
+            bar.update(len(arrays[0]))
     return Pictures(good, bad, mask, tuple(entry[0] for entry in plan), tuple(entry[3] for entry in plan))
 
 
-def _draw_chunk(
-    task: tuple[list[tuple[str, int, int, str]], int],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
-    plan, image_size = task
+def _draw_chunk(plan: Sequence[_Drawing], image_size: int) -> _Arrays:
     twins = [_draw(category, seed, index, kind, image_size) for category, seed, index, kind in plan]
     return (
         np.stack([pair.good for pair in twins]),

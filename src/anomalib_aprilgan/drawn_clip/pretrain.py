@@ -2,13 +2,13 @@ r"""Trains the small CLIP of this package on captioned drawings: seeded, on a CP
 
 OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --out ViT-drawn-96.safetensors
 
-This takes an hour on one core. `--initial` refines weights instead; the README says what both together reach.
-The weights in this package are those of commit e9ddcec (five trainings by an earlier form of this module; its
-commands stand there) after an hour of refining:
+This takes an hour and a half on one core and 8 GB of memory; the README says what it reaches. `--initial` refines
+weights instead. The weights in this package are those of commit e9ddcec (five trainings by an earlier form of this
+module; its commands stand there) after an hour of refining:
 
 git show e9ddcec:src/anomalib_aprilgan/built_in/ViT-drawn-96.safetensors > earlier.safetensors
-OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 5 --steps 9500 --initial earlier.safetensors \
-    --out ViT-drawn-96.safetensors
+OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 5 --steps 9500 --products 12000 \
+    --initial earlier.safetensors --out ViT-drawn-96.safetensors
 """
 
 from __future__ import annotations
