@@ -6,7 +6,7 @@ as well. They are no category of the inspection data.
 
 import numpy as np
 
-from .canvas import Canvas, mix, planes, ramp, unit
+from .canvas import Canvas, mix, planes, ramp, slopes, unit
 from .draws import Array, Draws
 from .noise import cloud, lattice, table
 
@@ -27,7 +27,9 @@ def invention(style: Draws, own: Draws, canvas: Canvas) -> Array:
     Returns:
         ``(4, H, W)``: colour before light and sensor noise, and cover.
     """
-    distance, size = _outline(style, canvas)
+    whole, size = _outline(style, canvas)
+    opening = _openings(style, canvas, size)
+    distance = np.maximum(whole, -opening)
     body, second = style.colour(_FINISHES, 0.06), style.colour(_FINISHES, 0.06)
     colour: Array = body + np.zeros((3, *canvas.shape))
     height = _profile(style, canvas, distance, size)
@@ -47,6 +49,10 @@ def invention(style: Draws, own: Draws, canvas: Canvas) -> Array:
         wide, bright = style.uniform(0.03, 0.1), style.uniform(0.15, 0.5)
         streak = ramp(wide - np.abs(canvas.x - side), 0.0, wide) * ramp(-distance, 0.03, style.uniform(0.06, 0.16))
         colour = colour + bright * streak
+    if style.chance(0.6):  # openings with a depth: their walls are seen, and what is left open, if anything
+        colour = mix(colour, colour * _walls(style, canvas, opening), ramp(-opening, 0.0, 0.02))
+        bottom = style.uniform(0.03, 0.12)
+        distance = whole if style.chance(0.3) else np.maximum(whole, -opening - bottom)
     return planes(unit(colour), canvas.inside(distance))
 
 
@@ -75,23 +81,32 @@ def _outline(style: Draws, canvas: Canvas) -> tuple[Array, float]:
         else:
             wave = np.cos(count * angle)
             distance = radius - size * (0.92 + style.uniform(0.02, 0.1) * np.clip(wave * style.pick((1.0, 4.0)), -1, 1))
-    return _with_openings(style, x, y, distance, size), size
+    return distance, size
 
 
-def _with_openings(style: Draws, x: Array, y: Array, distance: Array, size: float) -> Array:
-    """The body less a bore in the middle, a ring of holes or a row of them."""
+def _openings(style: Draws, canvas: Canvas, size: float) -> Array:
+    """Signed distance of a bore in the middle, of a ring of holes, or of nothing."""
+    x, y = canvas.x, canvas.y
     kind = style.integer(0, 4)
+    opening: Array = np.ones(canvas.shape)
     if kind == 0:
-        bore = size * style.uniform(0.25, 0.6)
-        return np.maximum(distance, bore - np.sqrt(x * x + y * y))
+        opening = np.sqrt(x * x + y * y) - size * style.uniform(0.25, 0.6)
     if kind == 1:
         count, hole, away = style.integer(2, 8), size * style.uniform(0.08, 0.16), size * style.uniform(0.35, 0.6)
         turn = style.uniform(0.0, 6.283)
         for number in range(count):
             angle = turn + 2.0 * np.pi * number / count
             dx, dy = x - away * float(np.cos(angle)), y - away * float(np.sin(angle))
-            distance = np.maximum(distance, hole - np.sqrt(dx * dx + dy * dy))
-    return distance
+            opening = np.minimum(opening, np.sqrt(dx * dx + dy * dy) - hole)
+    return opening
+
+
+def _walls(style: Draws, canvas: Canvas, opening: Array) -> Array:
+    """Brightness of the walls of openings: those away from the light are lit; smooth or ribbed."""
+    across, down = slopes(opening, canvas.px)
+    lit = -across * canvas.light[0] - down * canvas.light[1]
+    ribs = np.sin(2.0 * np.pi * opening / style.uniform(0.02, 0.06))
+    return style.uniform(0.15, 0.6) + style.uniform(0.0, 0.2) * lit + style.pick((0.0, 0.0, 0.12, 0.2)) * ribs
 
 
 def _profile(style: Draws, canvas: Canvas, distance: Array, size: float) -> Array:
