@@ -274,7 +274,6 @@ def test_training_writes_loadable_weights_and_a_log(tmp_path, architecture, monk
     torch.testing.assert_close(states.norm(dim=0), torch.ones(2))
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
     assert out.stat().st_size < 8_000_000
-
     refined = tmp_path / "refined.safetensors"
     pretrain.main(["--steps", "1", "--products", "32", "--seed", "1", "--initial", str(out), "--out", str(refined)])
     before, after = load_file(out), load_file(refined)

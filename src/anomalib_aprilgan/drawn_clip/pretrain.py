@@ -4,11 +4,11 @@ OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --out ViT-draw
 
 This takes an hour and a half on one core and 8 GB of memory; the README says what it reaches. `--initial` refines
 weights instead. The weights in this package are those of commit e9ddcec (five trainings by an earlier form of this
-module; its commands stand there) after an hour of refining:
+module; its commands stand there) after an hour of refining at commit 28c4003, with the drawings of that time:
 
 git show e9ddcec:src/anomalib_aprilgan/built_in/ViT-drawn-96.safetensors > earlier.safetensors
-OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 5 --steps 9500 --products 12000 \
-    --initial earlier.safetensors --out ViT-drawn-96.safetensors
+OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 5 --steps 9500 --initial earlier.safetensors \
+    --out ViT-drawn-96.safetensors
 """
 
 from __future__ import annotations

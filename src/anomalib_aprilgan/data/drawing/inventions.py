@@ -91,7 +91,7 @@ def _openings(style: Draws, canvas: Canvas, size: float) -> Array:
     opening: Array = np.ones(canvas.shape)
     if kind == 0:
         opening = np.sqrt(x * x + y * y) - size * style.uniform(0.25, 0.6)
-    if kind == 1:
+    elif kind == 1:
         count, hole, away = style.integer(2, 8), size * style.uniform(0.08, 0.16), size * style.uniform(0.35, 0.6)
         turn = style.uniform(0.0, 6.283)
         for number in range(count):
