@@ -64,11 +64,11 @@ class Recipe:
         decay: Of the running mean of the weights, per step.
     """
 
-    steps: int = 22_000
+    steps: int = 21_000
     seed: int = 0
     products: int = 24_000
     per_product: int = 4
-    phases: tuple[tuple[float, int, int], ...] = ((0.85, 32, 32), (1.0, 96, 6))
+    phases: tuple[tuple[float, int, int], ...] = ((0.72, 32, 32), (1.0, 96, 6))
     inventions: int = 2
     inventions_from: float = 0.12
     sentences: int = 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from . import (
     assemblies,
+    invented_textures,
     inventions,
     metal_objects,
     natural_textures,
@@ -50,8 +51,11 @@ OBJECT_DRAWERS: dict[str, tuple[Drawer, float]] = {
     "zipper": (assemblies.zipper, 0.03),
 }
 # To learn from, beside the categories: each name gives other products.
-INVENTED_DRAWERS: dict[str, tuple[Drawer, float]] = {
-    f"invention_{number}": (inventions.invention, 3.14159) for number in range(20)
+INVENTED_TEXTURE_DRAWERS: dict[str, tuple[Drawer, float]] = {
+    f"invented_texture_{number}": (invented_textures.invented_texture, 0.1) for number in range(10)
+}
+INVENTED_OBJECT_DRAWERS: dict[str, tuple[Drawer, float]] = {
+    f"invented_object_{number}": (inventions.invention, 3.14159) for number in range(10)
 }
 
 
@@ -85,4 +89,4 @@ TEXTURES: tuple[str, ...] = tuple(TEXTURE_DRAWERS)
 OBJECTS: tuple[str, ...] = tuple(OBJECT_DRAWERS)
 CATEGORIES: tuple[str, ...] = tuple(sorted(TEXTURES + OBJECTS))
 DEFECTS: tuple[str, ...] = tuple(KINDS)
-INVENTIONS: tuple[str, ...] = tuple(INVENTED_DRAWERS)
+INVENTIONS: tuple[str, ...] = tuple(INVENTED_TEXTURE_DRAWERS | INVENTED_OBJECT_DRAWERS)

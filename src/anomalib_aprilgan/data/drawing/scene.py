@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .canvas import Canvas, Pose, picture_axis
-from .catalogue import INVENTED_DRAWERS, OBJECT_DRAWERS, TEXTURE_DRAWERS
+from .catalogue import INVENTED_OBJECT_DRAWERS, INVENTED_TEXTURE_DRAWERS, OBJECT_DRAWERS, TEXTURE_DRAWERS
 from .draws import Array, Draws
 from .noise import cloud, spline
 
@@ -54,8 +54,9 @@ def draw_scene(category: str, seed: int, index: int, image_size: int, *, random_
     product: tuple[int | str, ...] = (seed, category, index) if random_style else (seed, category)
     style, station = Draws(*product, "style"), Draws(*product, "station")
     own, fresh = Draws(seed, category, index, "picture"), Draws(seed, category, index, "camera")
-    is_object = category not in TEXTURE_DRAWERS
-    drawer, spread = (TEXTURE_DRAWERS | OBJECT_DRAWERS | INVENTED_DRAWERS)[category]
+    textures, objects = TEXTURE_DRAWERS | INVENTED_TEXTURE_DRAWERS, OBJECT_DRAWERS | INVENTED_OBJECT_DRAWERS
+    is_object = category in objects
+    drawer, spread = (textures | objects)[category]
     azimuth = station.uniform(0.0, 2.0 * np.pi) + own.uniform(-0.15, 0.15)
     light = (float(np.cos(azimuth)), float(np.sin(azimuth)))
     turned = station.uniform(-1.57, 1.57) if category in ("brushed_metal", "wood") else 0.0
