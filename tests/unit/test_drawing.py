@@ -12,6 +12,7 @@ import pytest
 from anomalib_aprilgan.data import drawing
 from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, contact_sheet, draw_good, draw_twins
 from anomalib_aprilgan.data.drawing.canvas import Canvas, Pose
+from anomalib_aprilgan.data.drawing.catalogue import INVENTED_TEXTURE_DRAWERS
 from anomalib_aprilgan.data.drawing.draws import Draws
 from anomalib_aprilgan.data.drawing.noise import TABLE, cells, lattice, table
 from anomalib_aprilgan.data.drawing.scene import draw_scene
@@ -46,6 +47,8 @@ PINNED = {
     ("wood", "hole"): "e0408aeee029bc1b",
     ("zipper", "misaligned"): "20663bffe9725bd2",
 }
+# Of sixty products each: what the built-in CLIP was trained on, and its training could not be repeated without.
+PINNED_INVENTIONS = {"invented_object_0": "a8aaded153c5ba4e", "invented_texture_0": "1366fde7764a7822"}
 
 
 def digest(category: str, kind: str) -> str:
@@ -76,6 +79,11 @@ class TestSameEverywhere:
     @pytest.mark.parametrize(("category", "kind"), PINNED)
     def test_pinned_bytes(self, category: str, kind: str) -> None:
         assert digest(category, kind) == PINNED[category, kind]
+
+    @pytest.mark.parametrize("name", PINNED_INVENTIONS)
+    def test_pinned_inventions(self, name: str) -> None:
+        joined = hashlib.sha256(b"".join(draw_good(name, seed, 0, 48).tobytes() for seed in range(60)))
+        assert joined.hexdigest()[:16] == PINNED_INVENTIONS[name]
 
     def test_fresh_process_without_torch(self) -> None:
         """Other hash seed, one thread, the drawing alone: same bytes, and torch is not needed."""
@@ -195,6 +203,18 @@ class TestProduct:
         assert 20 < pictures.mean() < 235
         assert (pictures == 255).mean() < 0.06
         assert pictures.std() > 4
+
+    @pytest.mark.parametrize("name", ["invented_object_0", "invented_texture_0"])
+    def test_inventions(self, name: str) -> None:
+        scenes = [draw_scene(name, seed, 0, 32, random_style=False) for seed in range(40)]
+        assert {scene.background is None for scene in scenes} == {name in INVENTED_TEXTURE_DRAWERS}
+        between = spread(mean_colours(name, [(seed, 0) for seed in range(12)]))
+        within = np.mean([spread(mean_colours(name, [(seed, index) for index in range(5)])) for seed in range(12)])
+        assert between > 2 * within
+        for seed in range(0, 40, 4):
+            twins = draw_twins(name, seed, 0, "scratch", 48)
+            assert twins.good.std() > 2
+            np.testing.assert_array_equal(twins.mask, (twins.good != twins.bad).any(axis=2))
 
     def test_contact_sheet(self) -> None:
         sheet = contact_sheet(0, 32, categories=("tile", "nut"), defects=("stain", "bent", "blur"), goods=1)

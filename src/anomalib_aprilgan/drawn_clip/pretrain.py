@@ -1,14 +1,9 @@
-r"""Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
+"""Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
 
 OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --out ViT-drawn-96.safetensors
 
-This takes an hour and a half on one core and 8 GB of memory; the README says what it reaches. `--initial` refines
-weights instead. The weights in this package are those of commit e9ddcec (five trainings by an earlier form of this
-module; its commands stand there) after an hour of refining at commit 28c4003, with the drawings of that time:
-
-git show e9ddcec:src/anomalib_aprilgan/built_in/ViT-drawn-96.safetensors > earlier.safetensors
-OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 5 --steps 9500 --initial earlier.safetensors \
-    --out ViT-drawn-96.safetensors
+The weights in this package are what this command wrote, with the log beside them: an hour and forty minutes on
+one core, and 8 GB of memory. The README says what they reach, and what those of another seed do.
 """
 
 from __future__ import annotations
@@ -35,7 +30,7 @@ from ..data.drawing import CATEGORIES, DEFECTS, INVENTIONS
 from ..pre_processing import CLIP_MEAN, CLIP_STD
 from ..prompts import PromptEnsemble
 from ..scoring import text_probability
-from ..weights import read_state_dict, write_atomically
+from ..weights import write_atomically
 from .pictures import Pictures, draw_pictures
 from .trainer import Recipe, Trainer, as_planes
 
@@ -81,15 +76,12 @@ def state_dict_of(clip: ClipBackbone) -> dict[str, Tensor]:
     return {name: value.detach().half().cpu().contiguous() for name, value in sorted(weights.items())}
 
 
-def train(
-    recipe: Recipe, out: Path, *, initial: Path | None = None, workers: int = 1, checkpoint_every: int = 1000
-) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, *, workers: int = 1, checkpoint_every: int = 1000) -> dict[str, Any]:
     """Trains the small CLIP and writes its weights, and a log beside them.
 
     Args:
         recipe: How.
         out: A name ending in ``.safetensors``; the log has the same name, ending in ``.log.json``.
-        initial: Weights to begin with; fresh ones otherwise.
         workers: Processes that draw.
         checkpoint_every: Steps between two writings of weights and log.
 
@@ -108,8 +100,7 @@ def train(
         draw_pictures(CATEGORIES, DRAWN_DEFECTS, len(CATEGORIES), 22, seed, side, progress=False)
         for seed in (PROBE_SEED, PROBE_SEED + 1)
     ]
-    weights = None if initial is None else read_state_dict(initial, "initial")
-    trainer = Trainer(architecture, recipe, pictures, device, weights)
+    trainer = Trainer(architecture, recipe, pictures, device)
     log: dict[str, Any] = {
         "recipe": asdict(recipe),
         "captioned": CAPTIONED_CATEGORIES,
@@ -153,15 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--products", type=int, default=Recipe.products, help="products drawn beforehand (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
-    parser.add_argument("--initial", type=Path, help="weights to refine; without it the training begins from nothing")
     parser.add_argument("--out", type=Path, required=True, help="weight file to write, .safetensors")
     options = parser.parse_args(arguments)
     if options.out.suffix != ".safetensors":
         parser.error(f"--out must end in .safetensors, got {options.out.name}")
-    recipe = Recipe(options.steps, options.seed, options.products)
-    if options.initial is not None:
-        recipe = recipe.refining()
-    train(recipe, options.out, initial=options.initial, workers=options.workers)
+    train(Recipe(options.steps, options.seed, options.products), options.out, workers=options.workers)
 
 
 if __name__ == "__main__":

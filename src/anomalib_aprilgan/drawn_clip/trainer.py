@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -83,19 +83,6 @@ class Recipe:
     cooling: float = 2.0
     decay: float = 0.9975
 
-    def refining(self) -> Recipe:
-        """The same for weights that are trained already: whole pictures, smaller steps, inventions from the start."""
-        return replace(
-            self,
-            phases=self.phases[-1:],
-            inventions_from=0.0,
-            learning_rate=self.learning_rate / 8.0,
-            table_learning_rate=self.table_learning_rate / 8.0,
-            cooling_from=0.4,
-            cooling=1.0,
-            patch_weight=(self.patch_weight[1], self.patch_weight[1]),
-        )
-
 
 class Trainer:
     """The small CLIP in training.
@@ -105,7 +92,6 @@ class Trainer:
         recipe: How.
         pictures: What on, ``recipe.per_product`` twins of every product.
         device: Where.
-        initial: Weights to begin with; fresh ones otherwise.
 
     Attributes:
         clip: With the weights of the last step.
@@ -113,16 +99,10 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        architecture: ClipArchitecture,
-        recipe: Recipe,
-        pictures: Pictures,
-        device: torch.device,
-        initial: dict[str, Tensor] | None = None,
+        self, architecture: ClipArchitecture, recipe: Recipe, pictures: Pictures, device: torch.device
     ) -> None:
-        self.clip = _fresh(architecture, recipe.seed, initial).to(device)
-        if initial is None:
-            _initialise(self.clip, pictures)
+        self.clip = _fresh(architecture, recipe.seed).to(device)
+        _initialise(self.clip, pictures)
         averaging = get_ema_multi_avg_fn(recipe.decay)  # type: ignore[no-untyped-call]
         self.mean = AveragedModel(self.clip, multi_avg_fn=averaging)
         # Of the same shape for windows of pictures; they run with the weights of the one above.
@@ -270,8 +250,8 @@ def as_planes(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255.0
 
 
-def _fresh(architecture: ClipArchitecture, seed: int, initial: dict[str, Tensor] | None = None) -> ClipBackbone:
-    clip = ClipBackbone(architecture, initial or random_weights(architecture, seed), "`initial`")
+def _fresh(architecture: ClipArchitecture, seed: int) -> ClipBackbone:
+    clip = ClipBackbone(architecture, random_weights(architecture, seed), "fresh weights")
     return clip.requires_grad_(requires_grad=True)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from . import (
     assemblies,
+    invented_objects,
     invented_textures,
-    inventions,
     metal_objects,
     natural_textures,
     objects,
@@ -55,7 +55,7 @@ INVENTED_TEXTURE_DRAWERS: dict[str, tuple[Drawer, float]] = {
     f"invented_texture_{number}": (invented_textures.invented_texture, 0.1) for number in range(10)
 }
 INVENTED_OBJECT_DRAWERS: dict[str, tuple[Drawer, float]] = {
-    f"invented_object_{number}": (inventions.invention, 3.14159) for number in range(10)
+    f"invented_object_{number}": (invented_objects.invented_object, 3.14159) for number in range(10)
 }
 
 

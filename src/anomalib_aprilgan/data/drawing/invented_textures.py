@@ -1,6 +1,6 @@
 """Surfaces that do not exist: patterns, reliefs and grains combined at random, to learn from.
 
-What :mod:`.inventions` is to objects this is to textures. No square tiles in straight rows and no pebbles
+What :mod:`.invented_objects` is to objects this is to textures. No square tiles in straight rows and no pebbles
 of a hide's size among them: those are categories by which models are judged that never saw them.
 """
 

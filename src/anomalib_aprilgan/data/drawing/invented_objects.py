@@ -17,7 +17,7 @@ _FINISHES = (
 )  # fmt: skip
 
 
-def invention(style: Draws, own: Draws, canvas: Canvas) -> Array:
+def invented_object(style: Draws, own: Draws, canvas: Canvas) -> Array:
     """One of endlessly many products.
 
     Args:
