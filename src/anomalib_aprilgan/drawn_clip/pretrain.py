@@ -1,6 +1,6 @@
 """Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
 
-OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --out ViT-drawn-96.safetensors
+OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 1 --out ViT-drawn-96.safetensors
 
 The weights in this package are what this command wrote, with the log beside them: an hour and forty minutes on
 one core, and 8 GB of memory. The README says what they reach, and what those of another seed do.
