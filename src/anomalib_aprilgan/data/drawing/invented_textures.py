@@ -1,7 +1,7 @@
 """Surfaces that do not exist: patterns, reliefs and grains combined at random, to learn from.
 
-What :mod:`.invented_objects` is to objects this is to textures. No square tiles in straight rows and no pebbles
-of a hide's size among them: those are categories by which models are judged that never saw them.
+What :mod:`.invented_objects` is to objects this is to textures. No squares as large as tiles and no pebbles of
+a hide's size among them: those are categories by which models are judged that never saw them.
 """
 
 import numpy as np
@@ -15,6 +15,7 @@ _FINISHES = (
     (0.58, 0.38, 0.28), (0.62, 0.28, 0.25), (0.34, 0.42, 0.56), (0.36, 0.48, 0.38), (0.76, 0.68, 0.42),
     (0.42, 0.26, 0.18), (0.5, 0.54, 0.54),
 )  # fmt: skip
+_Pattern = tuple[Array, Array, Array]  # height, share of the second colour, brightness
 
 
 def invented_texture(style: Draws, own: Draws, canvas: Canvas) -> Array:
@@ -47,11 +48,8 @@ def invented_texture(style: Draws, own: Draws, canvas: Canvas) -> Array:
     return mix(first, second, share) * shade + gloss * np.maximum(shade - 1.1, 0.0)
 
 
-_Pattern = tuple[Array, Array, Array]  # height, share of the second colour, brightness
-
-
 def _units(style: Draws, own: Draws, canvas: Canvas, u: Array, v: Array) -> _Pattern:
-    """Laid units with joints between them, row over row or in a bond."""
+    """Laid units with joints between them, longer than high, row over row or in a bond."""
     tall = style.uniform(0.1, 0.6)
     wide = tall * style.uniform(1.3, 3.5)
     joint, bond = tall * style.uniform(0.03, 0.2), style.pick((0.0, 0.25, 0.3333, 0.5))
@@ -68,7 +66,7 @@ def _units(style: Draws, own: Draws, canvas: Canvas, u: Array, v: Array) -> _Pat
 
 
 def _pebbles(style: Draws, own: Draws, canvas: Canvas, u: Array, v: Array) -> _Pattern:
-    """Scattered cells with creases or gaps between them, anything from crumbs to cobbles."""
+    """Scattered cells with creases or gaps between them: crumbs or cobbles."""
     pitch = style.pick((style.uniform(3.5, 9.0), style.uniform(22.0, 32.0)))
     squeeze = style.pick((1.0, 1.0, style.uniform(0.4, 1.0)))
     along, across = table(own), table(own)
