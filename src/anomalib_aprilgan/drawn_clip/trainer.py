@@ -59,8 +59,7 @@ class Recipe:
         patch_weight: Weight of the patches' loss, at the start and at the end.
         contrast_weight: Weight of the loss of pictures against captions.
         contrast_every: Steps from one to the next that has it.
-        cooling_from: Share of the steps after which the learning rates fall to zero.
-        cooling: Power of the remaining share by which they fall; 1 for a straight line.
+        cooling: Power of the remaining share of the steps by which the learning rates fall to zero.
         decay: Of the running mean of the weights, per step.
     """
 
@@ -79,7 +78,6 @@ class Recipe:
     patch_weight: tuple[float, float] = (1.0, 0.4)
     contrast_weight: float = 0.2
     contrast_every: int = 4
-    cooling_from: float = 0.0
     cooling: float = 2.0
     decay: float = 0.9975
 
@@ -128,8 +126,7 @@ class Trainer:
     def step(self, number: int) -> dict[str, float]:
         """One step; returns its losses."""
         recipe, progress = self.recipe, number / self.recipe.steps
-        remaining = min(1.0, (1.0 - progress) / (1.0 - recipe.cooling_from))
-        factor = min(1.0, (number + 1) / 100) * remaining**recipe.cooling
+        factor = min(1.0, (number + 1) / 100) * (1.0 - progress) ** recipe.cooling
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
