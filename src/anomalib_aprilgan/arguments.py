@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from .backbone import ClipArchitecture
+from .clip.backbone import ClipArchitecture
 from .pre_processing import aspect_size
 from .references import References
 from .scoring import smoothing_radius

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import built_in
-from .backbone import ClipArchitecture
-from .weights import AUTHORS_ADAPTERS, authors_adapters, read_state_dict, write_atomically
+from .clip.backbone import ClipArchitecture
+from .clip.weights import AUTHORS_ADAPTERS, authors_adapters, read_state_dict, write_atomically
 
 # The mapping in the authors' files (train.py).
 AUTHORS_KEY = "trainable_linearlayer"

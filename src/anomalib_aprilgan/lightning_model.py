@@ -23,10 +23,11 @@ from torch.optim import Adam
 
 from .adapters import LinearAdapters
 from .arguments import check_few_shot, check_maps, height_and_width, plain_references, size_of_shape
-from .backbone import ClipArchitecture, image_statistics
 from .calibration import Calibration
 from .checkpoint import save_adapters
 from .class_names import class_of_file, words_of_classes
+from .clip.backbone import ClipArchitecture, image_statistics
+from .clip.prompts import PromptEnsemble
 from .data.reading_hooks import read_data_of, unreadable_files
 from .decisions import DecisionsWriter
 from .evaluator import ClassEvaluator
@@ -35,7 +36,6 @@ from .losses import partial_adapter_loss
 from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
-from .prompts import PromptEnsemble
 from .ranks import told_by_all
 from .tiling import check_tiles, run_tiled
 from .torch_model import AprilGANModel, HeldOut

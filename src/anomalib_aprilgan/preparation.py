@@ -11,9 +11,9 @@ import torch
 from anomalib.data import AnomalibDataModule
 from torch import Tensor, nn
 
-from .backbone import ClipArchitecture, load_clip
 from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolve_adapters
-from .prompts import ALIASES, PromptEnsemble
+from .clip.backbone import ClipArchitecture, load_clip
+from .clip.prompts import ALIASES, PromptEnsemble
 from .references import References, ReferenceSource, contents_of, read_reference, references_of_class
 from .tiling import tile_positions
 from .torch_model import AprilGANModel, HeldOut

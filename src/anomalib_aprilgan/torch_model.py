@@ -12,8 +12,8 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from .adapters import LinearAdapters
-from .backbone import ClipBackbone, VisionOutput
 from .class_rows import rows_by_class
+from .clip.backbone import ClipBackbone, VisionOutput
 from .memory_bank import MemoryBank
 from .scoring import (
     distance_map,

@@ -15,8 +15,8 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.clip.prompts import TEMPLATES, PromptEnsemble
 from anomalib_aprilgan.data import MultiCategoryData
-from anomalib_aprilgan.prompts import TEMPLATES, PromptEnsemble
 
 from ..conftest import DATASET
 

@@ -115,7 +115,7 @@ def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
     assert names == {
         "open_clip.model",
         "anomalib_aprilgan.data.plugin",
-        "anomalib_aprilgan.weights.fetch",
+        "anomalib_aprilgan.clip.weights.fetch",
         "anomalib_aprilgan.AprilGAN",
     }
     assert rooms_of(names) == {"data", "weights", "__init__"}

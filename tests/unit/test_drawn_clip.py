@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from anomalib_aprilgan import built_in
-from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES, PromptEnsemble
 from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES, draw_twins
 from anomalib_aprilgan.drawn_clip import captions, pretrain
 from anomalib_aprilgan.drawn_clip import pictures as pictures_module
@@ -26,7 +27,6 @@ from anomalib_aprilgan.drawn_clip.pretrain import (
     train,
 )
 from anomalib_aprilgan.drawn_clip.trainer import Recipe, Trainer
-from anomalib_aprilgan.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES, PromptEnsemble
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_aprilgan.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES, PromptEnsemble
+from anomalib_aprilgan.clip.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES, PromptEnsemble
 
 SMALL = PromptEnsemble(normal=("{}", "good {}"), anomalous=("bad {}",), templates=("a {}.", "the {}!"))
 

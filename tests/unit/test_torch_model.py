@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_aprilgan.adapters import LinearAdapters
-from anomalib_aprilgan.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.scoring import map_statistic, neighbourhood_mean, smooth
 from anomalib_aprilgan.torch_model import AprilGANModel
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anomalib_aprilgan import weights
-from anomalib_aprilgan.weights import (
+from anomalib_aprilgan.clip import weights
+from anomalib_aprilgan.clip.weights import (
     ADAPTERS_URL_VARIABLE,
     AUTHORS_ADAPTERS,
     AuthorsAdapters,

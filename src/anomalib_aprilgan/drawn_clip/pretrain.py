@@ -25,12 +25,12 @@ from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from .. import built_in
-from ..backbone import ClipArchitecture, ClipBackbone
+from ..clip.backbone import ClipArchitecture, ClipBackbone
+from ..clip.prompts import PromptEnsemble
+from ..clip.weights import write_atomically
 from ..data.drawing import CATEGORIES, DEFECTS, INVENTIONS
 from ..pre_processing import CLIP_MEAN, CLIP_STD
-from ..prompts import PromptEnsemble
 from ..scoring import text_probability
-from ..weights import write_atomically
 from .pictures import Pictures, draw_pictures
 from .trainer import Recipe, Trainer, as_planes
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import normalize
 
-from ..backbone import ClipArchitecture, ClipBackbone, VisionOutput, random_weights
+from ..clip.backbone import ClipArchitecture, ClipBackbone, VisionOutput, random_weights
 from ..data.drawing import INVENTIONS
 from ..pre_processing import CLIP_MEAN, CLIP_STD
 from ..scoring import TEMPERATURE, text_logits

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from ..backbone import ClipBackbone
+from ..clip.backbone import ClipBackbone
+from ..clip.weights import write_atomically
 from ..lightning_model import AprilGAN
-from ..weights import write_atomically
 from . import plots, tables
 from .cells import FAILED, Cell, CellResult, Results, file_stem
 from .figures import heatmap_figure

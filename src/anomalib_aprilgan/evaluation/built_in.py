@@ -29,12 +29,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 
 from .. import AprilGAN, built_in
 from ..checkpoint import load_adapters
+from ..clip.weights import write_atomically
 from ..data import DrawnInspection
 from ..data.drawing import CATEGORIES
 from ..drawn_clip.pretrain import CAPTIONED_CATEGORIES, UNSEEN_CATEGORIES, UNSEEN_DEFECTS
 from ..post_processing import AprilGANPostProcessor
 from ..scoring import map_statistic
-from ..weights import write_atomically
 
 SHOTS = (1, 2, 4)
 PIXEL_METRICS = ("pixel AUROC", "pixel AP", "AUPRO")

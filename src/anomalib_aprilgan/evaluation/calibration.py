@@ -23,10 +23,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 
 from .. import AprilGAN, built_in
 from ..checkpoint import load_adapters
+from ..clip.weights import write_atomically
 from ..data import DrawnInspection
 from ..data.drawing import CATEGORIES
 from ..data.reading import read_picture
-from ..weights import write_atomically
 from .built_in import build_model, markdown
 
 FALSE_POSITIVE_RATE = 0.05

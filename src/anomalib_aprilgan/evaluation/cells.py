@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from omegaconf import OmegaConf
 
-from ..weights import write_atomically
+from ..clip.weights import write_atomically
 from .metrics import METRICS
 
 FULL = -1

@@ -22,9 +22,9 @@ from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ..backbone import ClipBackbone
+from ..clip.backbone import ClipBackbone
+from ..clip.weights import write_atomically
 from ..references import ReferenceSource
-from ..weights import write_atomically
 from .cells import Cell, CellResult, file_stem
 from .collecting import CollectingEvaluator, Collection
 from .provenance import hardware, now, weights_checksum

@@ -19,8 +19,8 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from .. import built_in
+from ..clip.weights import write_atomically
 from ..drawn_clip.pretrain import UNSEEN_CATEGORIES
-from ..weights import write_atomically
 from .built_in import Product, build_model, figures_of, fused_scores, load_product, raw_scores, table_of_maps
 
 K_SHOT = 4

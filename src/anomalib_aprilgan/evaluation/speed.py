@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from ..adapters import LinearAdapters
-from ..backbone import ClipArchitecture, ClipBackbone, random_weights
-from ..prompts import PromptEnsemble
+from ..clip.backbone import ClipArchitecture, ClipBackbone, random_weights
+from ..clip.prompts import PromptEnsemble
 from ..torch_model import AprilGANModel
 
 

@@ -24,9 +24,9 @@ from lightning import seed_everything
 from rich.console import Console
 
 from .. import AprilGAN, built_in
+from ..clip.weights import write_atomically
 from ..data import AuxiliaryData, DrawnInspection
 from ..drawn_clip.pretrain import DRAWN_DEFECTS, UNSEEN_CATEGORIES
-from ..weights import write_atomically
 from .built_in import (
     PIXEL_METRICS,
     Product,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import built_in
+from .. import built_in
 from .pretrained import find_pretrained
 from .weights import read_state_dict
 

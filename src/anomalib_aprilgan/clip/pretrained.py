@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from .built_in import HINT
+from ..built_in import HINT
 from .weights import WeightsUnavailableError, fetch, is_offline, verify_sha256
 
 # Names under which repositories of open_clip models keep their weights, best first.

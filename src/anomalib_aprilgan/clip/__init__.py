@@ -1,0 +1,1 @@
+"""The frozen CLIP: architecture, towers, weights and prompts."""
