@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from .clip.backbone import ClipArchitecture
+from .network.scoring import smoothing_radius
 from .pre_processing import aspect_size
 from .references import References
-from .scoring import smoothing_radius
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:

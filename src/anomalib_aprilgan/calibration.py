@@ -14,7 +14,7 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
-from .memory_bank import MemoryBank
+from .network.memory_bank import MemoryBank
 from .references import References, contents_of, list_references, read_reference, references_of_class
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from anomalib.models.components import AnomalibModule
 
+from .network.model import AprilGANModel
 from .post_processing import AprilGANPostProcessor
-from .torch_model import AprilGANModel
 
 
 @contextmanager

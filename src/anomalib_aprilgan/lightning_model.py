@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, Opt
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from .adapters import LinearAdapters
 from .arguments import check_few_shot, check_maps, height_and_width, plain_references, size_of_shape
 from .calibration import Calibration
 from .checkpoint import save_adapters
@@ -32,13 +31,14 @@ from .data.reading_hooks import read_data_of, unreadable_files
 from .decisions import DecisionsWriter
 from .evaluator import ClassEvaluator
 from .export import of_one_class, without_text_tower
-from .losses import partial_adapter_loss
+from .network.adapters import LinearAdapters
+from .network.losses import partial_adapter_loss
+from .network.model import AprilGANModel, HeldOut
+from .network.tiling import check_tiles, run_tiled
 from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .ranks import told_by_all
-from .tiling import check_tiles, run_tiled
-from .torch_model import AprilGANModel, HeldOut
 from .visualization import AprilGANVisualizer
 
 logger = logging.getLogger(__name__)
@@ -663,7 +663,7 @@ class AprilGAN(AnomalibModule):
         if self.tile_size is not None:
             msg = (
                 "`tile_size` cannot be exported: the tiles depend on the image. Export without it, and run the "
-                "exported model on tiles with `anomalib_aprilgan.tiling.run_tiled`."
+                "exported model on tiles with `anomalib_aprilgan.network.tiling.run_tiled`."
             )
             raise RuntimeError(msg)
         self.preparation.attach_backbone(self.model, self._target_device)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.evaluation import options as evaluation
+from anomalib_aprilgan.network.scoring import map_statistic
 from anomalib_aprilgan.post_processing import AprilGANPostProcessor
-from anomalib_aprilgan.scoring import map_statistic
 
 from ..conftest import DATASET
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anomalib_aprilgan.adapters import LinearAdapters
+from anomalib_aprilgan.network.adapters import LinearAdapters
 
 
 def tokens(stages: int, width: int = 6, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

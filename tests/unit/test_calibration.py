@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from anomalib_aprilgan.calibration import Calibration, light_variant
-from anomalib_aprilgan.memory_bank import MemoryBank
+from anomalib_aprilgan.network.memory_bank import MemoryBank
 
 
 def write(folder: Path, number: int, first: int = 0) -> list[str]:

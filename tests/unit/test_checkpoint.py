@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anomalib_aprilgan import built_in, checkpoint
-from anomalib_aprilgan.adapters import LinearAdapters
 from anomalib_aprilgan.checkpoint import (
     AUTHORS_KEY,
     Provenance,
@@ -22,6 +21,7 @@ from anomalib_aprilgan.checkpoint import (
     save_adapters,
 )
 from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.network.adapters import LinearAdapters
 
 PROVENANCE = Provenance(
     trained_on={"MVTecAD": ["bottle", "tile"]},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_aprilgan.losses import (
+from anomalib_aprilgan.network.losses import (
     SMOOTHING,
     UNKNOWN,
     adapter_loss,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_aprilgan.memory_bank import MemoryBank
+from anomalib_aprilgan.network.memory_bank import MemoryBank
 
 
 def tokens(stages: int = 2, shots: int = 3, patches: int = 4, width: int = 5, seed: int = 0) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import EinopsError
 from torch import Tensor
 
-from anomalib_aprilgan.scoring import (
+from anomalib_aprilgan.network.scoring import (
     TEMPERATURE,
     distance_map,
     map_statistic,

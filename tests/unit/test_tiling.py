@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_aprilgan import tiling
-from anomalib_aprilgan.tiling import TiledMap, blend_window, run_tiled, tile_positions
+from anomalib_aprilgan.network import tiling
+from anomalib_aprilgan.network.tiling import TiledMap, blend_window, run_tiled, tile_positions
 
 # Height, width, tile, overlap: even, odd, smaller than a tile on one side or both, one pixel more, no and much overlap.
 GRIDS = [

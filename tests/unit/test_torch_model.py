@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_aprilgan.adapters import LinearAdapters
 from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
-from anomalib_aprilgan.scoring import map_statistic, neighbourhood_mean, smooth
-from anomalib_aprilgan.torch_model import AprilGANModel
+from anomalib_aprilgan.network.adapters import LinearAdapters
+from anomalib_aprilgan.network.model import AprilGANModel
+from anomalib_aprilgan.network.scoring import map_statistic, neighbourhood_mean, smooth
 
 CLASSES = ("bolt", "nut", "pill")
 Build = Callable[..., AprilGANModel]

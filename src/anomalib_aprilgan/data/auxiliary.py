@@ -26,7 +26,7 @@ class AuxiliaryData(GatheredData):
     epoch goes on as if it had never stopped.
 
     Other data than the paper's is taken as far as it goes. An anomalous image without a mask is
-    trained on by its label (:func:`~anomalib_aprilgan.losses.multiple_instance_loss`). A datamodule
+    trained on by its label (:func:`~anomalib_aprilgan.network.losses.multiple_instance_loss`). A datamodule
     without a single anomalous image gives its normal ones, training and test; with ``synthetic_rate``
     some of them get defects of noise, anew in every epoch. All of these can be mixed.
 

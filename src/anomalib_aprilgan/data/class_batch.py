@@ -10,7 +10,7 @@ import torch
 from anomalib.data import ImageBatch, ImageItem
 from torchvision.tv_tensors import Mask
 
-from ..losses import UNKNOWN
+from ..network.losses import UNKNOWN
 
 
 @dataclass
@@ -18,7 +18,7 @@ class ClassImageItem(ImageItem):
     """An image item with the words that stand for its object in the prompts.
 
     ``gt_mask`` is ``None`` for an anomalous image of which nobody drew the defect; ``partial_mask``
-    ``(H, W)`` is then :data:`~anomalib_aprilgan.losses.UNKNOWN` everywhere.
+    ``(H, W)`` is then :data:`~anomalib_aprilgan.network.losses.UNKNOWN` everywhere.
     """
 
     class_name: str | None = None

@@ -33,8 +33,8 @@ from ..clip.weights import write_atomically
 from ..data import DrawnInspection
 from ..data.drawing import CATEGORIES
 from ..drawn_clip.pretrain import CAPTIONED_CATEGORIES, UNSEEN_CATEGORIES, UNSEEN_DEFECTS
+from ..network.scoring import map_statistic
 from ..post_processing import AprilGANPostProcessor
-from ..scoring import map_statistic
 
 SHOTS = (1, 2, 4)
 PIXEL_METRICS = ("pixel AUROC", "pixel AP", "AUPRO")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..decisions import DecisionsWriter
 from ..lightning_model import AprilGAN
-from ..memory_bank import MemoryBank
+from ..network.memory_bank import MemoryBank
+from ..network.scoring import fused_score, map_statistic
 from ..references import ReferenceSource, read_reference, references_of_class
-from ..scoring import fused_score, map_statistic
 from .collecting import Collection
 
 

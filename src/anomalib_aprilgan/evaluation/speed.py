@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.console import Console
 
-from ..adapters import LinearAdapters
 from ..clip.backbone import ClipArchitecture, ClipBackbone, random_weights
 from ..clip.prompts import PromptEnsemble
-from ..torch_model import AprilGANModel
+from ..network.adapters import LinearAdapters
+from ..network.model import AprilGANModel
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

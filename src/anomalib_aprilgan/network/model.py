@@ -11,9 +11,9 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
+from ..class_rows import rows_by_class
+from ..clip.backbone import ClipBackbone, VisionOutput
 from .adapters import LinearAdapters
-from .class_rows import rows_by_class
-from .clip.backbone import ClipBackbone, VisionOutput
 from .memory_bank import MemoryBank
 from .scoring import (
     distance_map,

@@ -1,0 +1,1 @@
+"""The network: from images to raw scores and maps."""
