@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from anomalib.models.components import AnomalibModule
 
+from .decision.post_processing import AprilGANPostProcessor
 from .network.model import AprilGANModel
-from .post_processing import AprilGANPostProcessor
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from .arguments import check_few_shot, check_maps, height_and_width, plain_references, size_of_shape
-from .calibration import Calibration
 from .checkpoint import save_adapters
 from .class_names import class_of_file, words_of_classes
 from .clip.backbone import ClipArchitecture, image_statistics
 from .clip.prompts import PromptEnsemble
 from .data.reading_hooks import read_data_of, unreadable_files
+from .decision.calibration import Calibration
+from .decision.post_processing import AprilGANPostProcessor
 from .decisions import DecisionsWriter
 from .evaluator import ClassEvaluator
 from .export import of_one_class, without_text_tower
@@ -35,7 +36,6 @@ from .network.adapters import LinearAdapters
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, HeldOut
 from .network.tiling import check_tiles, run_tiled
-from .post_processing import AprilGANPostProcessor
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .ranks import told_by_all

@@ -16,7 +16,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_aprilgan import AprilGAN
-from anomalib_aprilgan.post_processing import AprilGANPostProcessor
+from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 
 from ..conftest import DATASET
 

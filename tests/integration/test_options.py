@@ -15,9 +15,9 @@ from anomalib.engine import Engine
 from torch import Tensor
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.evaluation import options as evaluation
 from anomalib_aprilgan.network.scoring import map_statistic
-from anomalib_aprilgan.post_processing import AprilGANPostProcessor
 
 from ..conftest import DATASET
 

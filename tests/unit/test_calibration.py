@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_aprilgan.calibration import Calibration, light_variant
+from anomalib_aprilgan.decision.calibration import Calibration, light_variant
 from anomalib_aprilgan.network.memory_bank import MemoryBank
 
 

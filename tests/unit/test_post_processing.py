@@ -7,7 +7,7 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from torch import Tensor
 
-from anomalib_aprilgan.post_processing import TAIL, AprilGANPostProcessor, scale_between
+from anomalib_aprilgan.decision.post_processing import TAIL, AprilGANPostProcessor, scale_between
 
 
 def scale(values: Tensor, low: float, threshold: float, high: float) -> Tensor:

@@ -32,9 +32,9 @@ from ..checkpoint import load_adapters
 from ..clip.weights import write_atomically
 from ..data import DrawnInspection
 from ..data.drawing import CATEGORIES
+from ..decision.post_processing import AprilGANPostProcessor
 from ..drawn_clip.pretrain import CAPTIONED_CATEGORIES, UNSEEN_CATEGORIES, UNSEEN_DEFECTS
 from ..network.scoring import map_statistic
-from ..post_processing import AprilGANPostProcessor
 
 SHOTS = (1, 2, 4)
 PIXEL_METRICS = ("pixel AUROC", "pixel AP", "AUPRO")

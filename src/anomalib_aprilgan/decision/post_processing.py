@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from .class_rows import PREDICTIONS, class_index_of, part_of, rows_by_class
-from .network.scoring import fused_score, map_statistic
-from .ranks import even_out
+from ..class_rows import PREDICTIONS, class_index_of, part_of, rows_by_class
+from ..network.scoring import fused_score, map_statistic
+from ..ranks import even_out
 
 # Share of the scale at either end that is kept for values beyond the bounds.
 TAIL = 1e-3
