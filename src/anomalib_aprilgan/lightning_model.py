@@ -29,8 +29,6 @@ from .clip.prompts import PromptEnsemble
 from .data.reading_hooks import read_data_of, unreadable_files
 from .decision.calibration import Calibration
 from .decision.post_processing import AprilGANPostProcessor
-from .decisions import DecisionsWriter
-from .evaluator import ClassEvaluator
 from .export import of_one_class, without_text_tower
 from .network.adapters import LinearAdapters
 from .network.losses import partial_adapter_loss
@@ -39,7 +37,9 @@ from .network.tiling import check_tiles, run_tiled
 from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .ranks import told_by_all
-from .visualization import AprilGANVisualizer
+from .results.evaluator import ClassEvaluator
+from .results.table import DecisionsWriter
+from .results.visualizer import AprilGANVisualizer
 
 logger = logging.getLogger(__name__)
 

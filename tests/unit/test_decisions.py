@@ -17,9 +17,8 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from anomalib_aprilgan import decisions
 from anomalib_aprilgan.data.class_batch import ClassImageBatch
-from anomalib_aprilgan.decisions import DecisionsWriter, Row, in_order
+from anomalib_aprilgan.results.table import DecisionsWriter, Row, in_order
 
 
 def row(path: str, score: str = "0.5") -> Row:
@@ -166,7 +165,7 @@ def test_a_prediction_leaves_a_table(
     tmp_path: Path, parts: Path, april_gan: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = april_gan(class_name="metal nut", visualizer=False)
-    with caplog.at_level(logging.INFO, logger=decisions.rank_zero_info.__module__):
+    with caplog.at_level(logging.INFO, logger=table.rank_zero_info.__module__):
         batches = engine_of(tmp_path).predict(model, data_path=parts)
     (path,) = tmp_path.rglob("decisions.csv")
     assert path.parent == tmp_path / "AprilGAN" / "latest"

@@ -10,8 +10,8 @@ from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from .class_rows import TRUTHS, class_index_of, part_of, rows_by_class
-from .ranks import even_out, told_by_all
+from ..class_rows import TRUTHS, class_index_of, part_of, rows_by_class
+from ..ranks import even_out, told_by_all
 
 
 class ClassEvaluator(Evaluator):
