@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from .clip.backbone import ClipArchitecture
+from .data.pre_processing import aspect_size
+from .data.references import References
 from .network.scoring import smoothing_radius
-from .pre_processing import aspect_size
-from .references import References
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:

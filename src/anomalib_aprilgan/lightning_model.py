@@ -26,6 +26,7 @@ from .checkpoint import save_adapters
 from .class_names import class_of_file, words_of_classes
 from .clip.backbone import ClipArchitecture, image_statistics
 from .clip.prompts import PromptEnsemble
+from .data.pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .data.reading_hooks import read_data_of, unreadable_files
 from .decision.calibration import Calibration
 from .decision.post_processing import AprilGANPostProcessor
@@ -34,7 +35,6 @@ from .network.adapters import LinearAdapters
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, HeldOut
 from .network.tiling import check_tiles, run_tiled
-from .pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .preparation import Preparation
 from .ranks import told_by_all
 from .results.evaluator import ClassEvaluator

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolve_adapters
 from .clip.backbone import ClipArchitecture, load_clip
 from .clip.prompts import ALIASES, PromptEnsemble
+from .data.references import References, ReferenceSource, contents_of, read_reference, references_of_class
 from .network.model import AprilGANModel, HeldOut
 from .network.tiling import tile_positions
-from .references import References, ReferenceSource, contents_of, read_reference, references_of_class
 
 logger = logging.getLogger(__name__)
 

@@ -127,7 +127,9 @@ def test_checkpoint_round_trip(april_gan: Build, tmp_path: Path, k_shot: int, mo
     expected = model.eval()(images)
 
     # The references and the datamodule are not asked for again.
-    monkeypatch.setattr("anomalib_aprilgan.references.read_reference", lambda _: pytest.fail("references read again"))
+    monkeypatch.setattr(
+        "anomalib_aprilgan.data.references.read_reference", lambda _: pytest.fail("references read again")
+    )
     loaded = AprilGAN.load_from_checkpoint(checkpoint).eval()
     result = loaded(images)
     assert loaded.model.class_names == ("bottle",)

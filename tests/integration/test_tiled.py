@@ -20,9 +20,9 @@ from torch import Tensor
 
 from anomalib_aprilgan import AprilGAN, AuxiliaryData, built_in
 from anomalib_aprilgan.data.drawing import TEXTURES, draw_twins
+from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
 from anomalib_aprilgan.drawn_clip.pretrain import UNSEEN_CATEGORIES
 from anomalib_aprilgan.network.tiling import TiledMap
-from anomalib_aprilgan.pre_processing import AprilGANPreProcessor
 
 from ..conftest import DATASET
 

@@ -20,9 +20,9 @@ from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.clip.prompts import PromptEnsemble
 from anomalib_aprilgan.data.mosaic import mosaic
+from anomalib_aprilgan.data.pre_processing import resize_mask
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.network.losses import adapter_loss, dice_loss, focal_loss
-from anomalib_aprilgan.pre_processing import resize_mask
 
 GOLDEN = Path(__file__).parent / "golden"
 DATASET = GOLDEN / "dataset"

@@ -21,9 +21,9 @@ from torchvision.tv_tensors import Image
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data import AuxiliaryData
 from anomalib_aprilgan.data.class_batch import ClassImageBatch, ClassImageItem
+from anomalib_aprilgan.data.pre_processing import EightBitResize
 from anomalib_aprilgan.data.synthetic import synthetic_defect
 from anomalib_aprilgan.network.losses import UNKNOWN
-from anomalib_aprilgan.pre_processing import EightBitResize
 
 from ..conftest import DATASET
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import Resize
 from torchvision.tv_tensors import Image, Mask
 
-from anomalib_aprilgan.pre_processing import (
+from anomalib_aprilgan.data.pre_processing import (
     CLIP_MEAN,
     CLIP_STD,
     AprilGANPreProcessor,

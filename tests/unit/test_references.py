@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from anomalib_aprilgan.data.reading import UnreadableImageError
-from anomalib_aprilgan.references import ReferenceSource, draw_references, list_references, read_reference
+from anomalib_aprilgan.data.references import ReferenceSource, draw_references, list_references, read_reference
 
 
 def write(path: Path, height: int = 6, width: int = 8, mode: str = "RGB") -> Path:

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from anomalib_aprilgan.data.listing import listed_files
+from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
-from anomalib_aprilgan.pre_processing import AprilGANPreProcessor
 from anomalib_aprilgan.results.visualizer import (
     CONTOUR_COLOUR,
     TRUTH_COLOUR,

@@ -14,8 +14,8 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ..data.references import References, contents_of, list_references, read_reference, references_of_class
 from ..network.memory_bank import MemoryBank
-from ..references import References, contents_of, list_references, read_reference, references_of_class
 
 logger = logging.getLogger(__name__)
 

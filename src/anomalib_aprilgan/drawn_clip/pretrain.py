@@ -29,8 +29,8 @@ from ..clip.backbone import ClipArchitecture, ClipBackbone
 from ..clip.prompts import PromptEnsemble
 from ..clip.weights import write_atomically
 from ..data.drawing import CATEGORIES, DEFECTS, INVENTIONS
+from ..data.pre_processing import CLIP_MEAN, CLIP_STD
 from ..network.scoring import text_probability
-from ..pre_processing import CLIP_MEAN, CLIP_STD
 from .pictures import Pictures, draw_pictures
 from .trainer import Recipe, Trainer, as_planes
 

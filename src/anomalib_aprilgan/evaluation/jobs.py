@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..clip.backbone import ClipBackbone
 from ..clip.weights import write_atomically
-from ..references import ReferenceSource
+from ..data.references import ReferenceSource
 from .cells import Cell, CellResult, file_stem
 from .collecting import CollectingEvaluator, Collection
 from .provenance import hardware, now, weights_checksum

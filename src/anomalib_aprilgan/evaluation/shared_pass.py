@@ -11,10 +11,10 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ..data.references import ReferenceSource, read_reference, references_of_class
 from ..lightning_model import AprilGAN
 from ..network.memory_bank import MemoryBank
 from ..network.scoring import fused_score, map_statistic
-from ..references import ReferenceSource, read_reference, references_of_class
 from ..results.table import DecisionsWriter
 from .collecting import Collection
 

@@ -32,7 +32,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ..clip.weights import write_atomically
 from ..data.listing import listed_files
 from ..data.reading import UnreadableImageError, read_picture
-from ..pre_processing import AprilGANPreProcessor
+from ..data.pre_processing import AprilGANPreProcessor
 
 # Maps are drawn in these colours over this range, whatever they hold: pictures can be compared with each other.
 COLOUR_MAP = "inferno"

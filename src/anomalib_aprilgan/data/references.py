@@ -12,7 +12,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import get_image_filenames
 from torch import Tensor
 
-from .data.reading import UnreadableImageError, read_picture
+from .reading import UnreadableImageError, read_picture
 
 OneClass = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 References = OneClass | Mapping[str, OneClass]
