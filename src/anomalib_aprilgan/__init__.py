@@ -4,9 +4,10 @@ Importing the package makes ``AprilGAN`` and its datamodules known to anomalib.
 """
 
 from . import plugin
-from .data import AuxiliaryData, DrawnInspection
+from .data import AuxiliaryData, MultiCategoryData
+from .demo.inspection import DrawnInspection
 from .lightning_model import AprilGAN
 
-__all__ = ["AprilGAN", "AuxiliaryData", "DrawnInspection"]
+__all__ = ["AprilGAN", "AuxiliaryData", "DrawnInspection", "MultiCategoryData"]
 
 plugin.register()

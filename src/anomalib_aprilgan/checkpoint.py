@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from . import built_in
 from .clip.backbone import ClipArchitecture
+from .clip.registry import BUILT_IN_CLIPS
 from .clip.weights import AUTHORS_ADAPTERS, authors_adapters, read_state_dict, write_atomically
 
 # The mapping in the authors' files (train.py).
@@ -161,8 +161,8 @@ def resolve_adapters(adapters: str, target: str | None, architecture: ClipArchit
     """
     if adapters not in {"auto", *AUTHORS_ADAPTERS}:
         return adapters
-    if adapters == "auto" and architecture.name == built_in.ARCHITECTURE:
-        return str(built_in.ADAPTERS)
+    if adapters == "auto" and architecture.name in BUILT_IN_CLIPS:
+        return str(BUILT_IN_CLIPS[architecture.name].adapters)
     if architecture.name not in AUTHORS_BACKBONES:
         msg = (
             f"`adapters={adapters!r}` were trained for the CLIP {AUTHORS_BACKBONES[0]}, the model has "

@@ -19,8 +19,9 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from anomalib_aprilgan import built_in, preparation
+from anomalib_aprilgan import preparation
 from anomalib_aprilgan.clip.backbone import load_clip
+from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.evaluation import collecting
 from anomalib_aprilgan.evaluation.benchmark import main
 from anomalib_aprilgan.evaluation.cells import COLUMNS, FULL

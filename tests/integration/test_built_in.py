@@ -10,7 +10,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomalib_aprilgan import AprilGAN, built_in
+from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.evaluation import built_in as evaluation
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from anomalib_aprilgan import AprilGAN, built_in
+from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.checkpoint import load_adapters
+from anomalib_aprilgan.demo import built_in
 
 from ..conftest import DATASET
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_aprilgan.evaluation import supervision
+from anomalib_aprilgan.demo.studies import supervision
 
 
 @pytest.fixture

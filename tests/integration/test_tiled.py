@@ -18,10 +18,11 @@ from anomalib.engine import Engine
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anomalib_aprilgan import AprilGAN, AuxiliaryData, built_in
-from anomalib_aprilgan.data.drawing import TEXTURES, draw_twins
+from anomalib_aprilgan import AprilGAN, AuxiliaryData
 from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
-from anomalib_aprilgan.drawn_clip.pretrain import UNSEEN_CATEGORIES
+from anomalib_aprilgan.demo import built_in
+from anomalib_aprilgan.demo.drawing import TEXTURES, draw_twins
+from anomalib_aprilgan.demo.drawn_clip.pretrain import UNSEEN_CATEGORIES
 from anomalib_aprilgan.network.tiling import TiledMap
 
 from ..conftest import DATASET

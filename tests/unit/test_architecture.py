@@ -8,38 +8,16 @@ import pytest
 import anomalib_aprilgan
 
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
-GROUND = (
-    "built_in",
-    "prompts",
-    "adapters",
-    "memory_bank",
-    "scoring",
-    "losses",
-    "weights",
-    "pre_processing",
-    "class_names",
-    "class_rows",
-    "ranks",
-    "tiling",
-)
-# Floors from the ground up; a module imports from lower ones alone. The packages `data`, `evaluation` and
-# `drawn_clip` are one room each: inside them modules may import each other.
-FLOORS = [
-    GROUND,
-    ("data", "post_processing", "evaluator"),
-    ("pretrained", "references", "visualization", "decisions"),
-    ("backbone", "calibration"),
-    ("checkpoint", "arguments"),
-    ("torch_model",),
-    ("preparation", "export"),
+# Layers from the ground up: a room imports from its own layer and lower ones.
+LAYERS = [
+    ("class_names", "class_rows", "ranks"),
+    ("clip",),
+    ("network", "data", "decision"),
+    ("arguments", "preparation", "checkpoint", "export", "results"),
     ("lightning_model",),
-    ("plugin",),
-    ("__init__",),
-    ("drawn_clip",),
-    ("evaluation",),
-    ("quickstart",),
+    ("plugin", "__init__", "demo", "evaluation"),
 ]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
 
 def modules() -> dict[str, Path]:
@@ -70,31 +48,39 @@ def rooms_of(names: set[str]) -> set[str]:
     """Rooms of this package among imported names."""
     own = {name.split(".")[1] for name in names if name.startswith("anomalib_aprilgan.")}
     # `from anomalib_aprilgan import AprilGAN` goes through the front door.
-    return {room if room in FLOOR_OF else "__init__" for room in own}
+    return {room if room in LAYER_OF else "__init__" for room in own}
 
 
 MODULES = modules()
 
 
-def test_every_module_has_its_floor() -> None:
-    assert len(MODULES) > 15
-    assert {name.split(".")[0] for name in MODULES} <= set(FLOOR_OF)
+def test_every_module_is_in_a_room() -> None:
+    assert len(MODULES) > 40
+    assert {name.split(".")[0] for name in MODULES} <= set(LAYER_OF)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
-    room = name.partition(".")[0]
-    above = {other for other in rooms_of(imported(name, MODULES[name])) if FLOOR_OF[other] >= FLOOR_OF[room]}
-    assert above <= ({room} if room in {"data", "evaluation", "drawn_clip"} else set())
+    layer = LAYER_OF[name.partition(".")[0]]
+    above = {room for room in rooms_of(imported(name, MODULES[name])) if LAYER_OF[room] > layer}
+    assert above == set()
 
 
-def test_only_the_backbone_knows_open_clip() -> None:
+@pytest.mark.parametrize(
+    ("room", "may"), [("demo", {"demo", "plugin", "__init__"}), ("evaluation", {"evaluation", "demo"})]
+)
+def test_the_core_knows_neither_demo_nor_evaluation(room: str, may: set[str]) -> None:
+    users = {name.partition(".")[0] for name, path in MODULES.items() if room in rooms_of(imported(name, path))}
+    assert users <= may
+
+
+def test_one_module_imports_open_clip() -> None:
     users = {
         name
         for name, path in MODULES.items()
         if any(module.split(".")[0] == "open_clip" for module in imported(name, path))
     }
-    assert users == {"backbone"}
+    assert users == {"clip.backbone"}
 
 
 def test_no_room_for_odds_and_ends() -> None:
@@ -106,7 +92,7 @@ def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
     path.write_text(
         "import open_clip.model\n"
         "from . import plugin\n"
-        "from ..weights import fetch\n"
+        "from ..clip.weights import fetch\n"
         "def f():\n"
         "    from anomalib_aprilgan import AprilGAN\n",
         encoding="utf-8",
@@ -118,4 +104,4 @@ def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
         "anomalib_aprilgan.clip.weights.fetch",
         "anomalib_aprilgan.AprilGAN",
     }
-    assert rooms_of(names) == {"data", "weights", "__init__"}
+    assert rooms_of(names) == {"data", "clip", "__init__"}

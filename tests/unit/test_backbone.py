@@ -15,10 +15,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anomalib_aprilgan import built_in
 from anomalib_aprilgan.clip import pretrained
 from anomalib_aprilgan.clip.backbone import ClipArchitecture, ClipBackbone, image_statistics, load_clip
 from anomalib_aprilgan.clip.weights import WeightsUnavailableError
+from anomalib_aprilgan.demo import built_in
 
 SENTENCES = ["a photo of a bolt.", "nut", "a jpeg corrupted photo of a bolt without any damage in the scene."]
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anomalib_aprilgan import built_in, checkpoint
+from anomalib_aprilgan import checkpoint
 from anomalib_aprilgan.checkpoint import (
     AUTHORS_KEY,
     Provenance,
@@ -21,6 +21,7 @@ from anomalib_aprilgan.checkpoint import (
     save_adapters,
 )
 from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.network.adapters import LinearAdapters
 
 PROVENANCE = Provenance(

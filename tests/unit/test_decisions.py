@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_aprilgan.data.class_batch import ClassImageBatch
+from anomalib_aprilgan.results import table
 from anomalib_aprilgan.results.table import DecisionsWriter, Row, in_order
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anomalib_aprilgan.data import drawing
-from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, contact_sheet, draw_good, draw_twins
-from anomalib_aprilgan.data.drawing.canvas import Canvas, Pose
-from anomalib_aprilgan.data.drawing.catalogue import INVENTED_TEXTURE_DRAWERS
-from anomalib_aprilgan.data.drawing.draws import Draws
-from anomalib_aprilgan.data.drawing.noise import TABLE, cells, lattice, table
-from anomalib_aprilgan.data.drawing.scene import draw_scene
+from anomalib_aprilgan.demo import drawing
+from anomalib_aprilgan.demo.drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, contact_sheet, draw_good, draw_twins
+from anomalib_aprilgan.demo.drawing.canvas import Canvas, Pose
+from anomalib_aprilgan.demo.drawing.catalogue import INVENTED_TEXTURE_DRAWERS
+from anomalib_aprilgan.demo.drawing.draws import Draws
+from anomalib_aprilgan.demo.drawing.noise import TABLE, cells, lattice, table
+from anomalib_aprilgan.demo.drawing.scene import draw_scene
 
 SURFACE = ("contamination", "crack", "dent", "discolouration", "fibre", "hairline", "hole", "scratch", "stain")
 
@@ -89,10 +89,10 @@ class TestSameEverywhere:
         """Other hash seed, one thread, the drawing alone: same bytes, and torch is not needed."""
         code = (
             "import sys, types, hashlib\n"
-            "for name in ('anomalib_aprilgan', 'anomalib_aprilgan.data'):\n"
+            "for name in ('anomalib_aprilgan', 'anomalib_aprilgan.demo'):\n"
             "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = []\n"
-            "sys.modules['anomalib_aprilgan.data'].__path__ = [sys.argv[1]]\n"
-            "from anomalib_aprilgan.data.drawing import draw_twins\n"
+            "sys.modules['anomalib_aprilgan.demo'].__path__ = [sys.argv[1]]\n"
+            "from anomalib_aprilgan.demo.drawing import draw_twins\n"
             "assert 'torch' not in sys.modules and 'cv2' not in sys.modules\n"
             "twins = draw_twins('gear', 0, 3, 'crack', 64)\n"
             "print(hashlib.sha256(twins.good.tobytes() + twins.bad.tobytes()).hexdigest()[:16])\n"

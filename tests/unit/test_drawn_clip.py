@@ -9,24 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anomalib_aprilgan import built_in
 from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
 from anomalib_aprilgan.clip.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES, PromptEnsemble
-from anomalib_aprilgan.data.drawing import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES, draw_twins
-from anomalib_aprilgan.drawn_clip import captions, pretrain
-from anomalib_aprilgan.drawn_clip import pictures as pictures_module
-from anomalib_aprilgan.drawn_clip.captions import Caption, draw_caption, draw_state_sentences
-from anomalib_aprilgan.drawn_clip.muon import Muon, orthogonalise
-from anomalib_aprilgan.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss, ranking_loss
-from anomalib_aprilgan.drawn_clip.pictures import crop, draw_pictures, vary
-from anomalib_aprilgan.drawn_clip.pretrain import (
+from anomalib_aprilgan.demo import built_in
+from anomalib_aprilgan.demo.drawing import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES, draw_twins
+from anomalib_aprilgan.demo.drawn_clip import captions, pretrain
+from anomalib_aprilgan.demo.drawn_clip import pictures as pictures_module
+from anomalib_aprilgan.demo.drawn_clip.captions import Caption, draw_caption, draw_state_sentences
+from anomalib_aprilgan.demo.drawn_clip.muon import Muon, orthogonalise
+from anomalib_aprilgan.demo.drawn_clip.objectives import also_fits, contrastive_loss, patch_loss, ranking_loss
+from anomalib_aprilgan.demo.drawn_clip.pictures import crop, draw_pictures, vary
+from anomalib_aprilgan.demo.drawn_clip.pretrain import (
     CAPTIONED_CATEGORIES,
     DRAWN_DEFECTS,
     UNSEEN_CATEGORIES,
     UNSEEN_DEFECTS,
     train,
 )
-from anomalib_aprilgan.drawn_clip.trainer import Recipe, Trainer
+from anomalib_aprilgan.demo.drawn_clip.trainer import Recipe, Trainer
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ import torch
 from anomalib.data import MVTecAD
 from PIL import Image
 
-from anomalib_aprilgan.data import drawing
-from anomalib_aprilgan.data.drawing import DEFECTS, draw_good, folder
-from anomalib_aprilgan.data.inspection import DrawnInspection, write_category
+from anomalib_aprilgan.demo import drawing
+from anomalib_aprilgan.demo.drawing import DEFECTS, draw_good, folder
+from anomalib_aprilgan.demo.inspection import DrawnInspection, write_category
 
 WRITE = (
     "import sys, types\n"
-    "for name in ('anomalib_aprilgan', 'anomalib_aprilgan.data'):\n"
+    "for name in ('anomalib_aprilgan', 'anomalib_aprilgan.demo'):\n"
     "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = []\n"
-    "sys.modules['anomalib_aprilgan.data'].__path__ = [sys.argv[1]]\n"
-    "from anomalib_aprilgan.data.drawing import write_category\n"
+    "sys.modules['anomalib_aprilgan.demo'].__path__ = [sys.argv[1]]\n"
+    "from anomalib_aprilgan.demo.drawing import write_category\n"
     "sys.stdin.readline()\n"
     "print(write_category(sys.argv[2], 'pill', image_size=32, num_train=30, num_test=14))\n"
 )

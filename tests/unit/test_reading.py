@@ -16,7 +16,7 @@ from PIL import Image, TiffImagePlugin
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.tv_tensors import Image as TensorImage
 
-from anomalib_aprilgan import AprilGAN, built_in
+from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data import AuxiliaryData, reading
 from anomalib_aprilgan.data.reading import UnreadableImageError, read_picture
 from anomalib_aprilgan.data.reading_hooks import (
@@ -26,6 +26,7 @@ from anomalib_aprilgan.data.reading_hooks import (
     skip_unreadable,
     unreadable_files,
 )
+from anomalib_aprilgan.demo import built_in
 
 STEP = 1 / 255
 ORIENTATION = 0x0112

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import built_in
 from .pretrained import find_pretrained
+from .registry import BUILT_IN_CLIPS
 from .weights import read_state_dict
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...],
 
 
 def _read_config(backbone: str) -> dict[str, Any]:
-    path = built_in.CONFIG if backbone == built_in.ARCHITECTURE else Path(backbone).expanduser()
+    path = BUILT_IN_CLIPS[backbone].config if backbone in BUILT_IN_CLIPS else Path(backbone).expanduser()
     if path.suffix == ".json":
         if not path.is_file():
             msg = f"`backbone`: no model-config file {path}."
@@ -347,7 +347,7 @@ def _read_config(backbone: str) -> dict[str, Any]:
 
     config = open_clip.get_model_config(backbone)
     if config is None:
-        known = ", ".join(name for name in (built_in.ARCHITECTURE, *open_clip.list_models()) if name.startswith("ViT-"))
+        known = ", ".join(name for name in (*BUILT_IN_CLIPS, *open_clip.list_models()) if name.startswith("ViT-"))
         msg = (
             f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. "
             f"Known: {known}."
@@ -413,12 +413,12 @@ def _find_pretrained(backbone: str, tag: str) -> Path:
     """File with the weights of an open_clip tag."""
     import open_clip
 
-    is_built_in = backbone == built_in.ARCHITECTURE
-    if is_built_in and tag == built_in.PRETRAINED:
-        return built_in.WEIGHTS
+    built_in = BUILT_IN_CLIPS.get(backbone)
+    if built_in is not None and tag == built_in.pretrained:
+        return built_in.weights
     config = open_clip.get_pretrained_cfg(backbone, tag)
     if not config:
-        known = [built_in.PRETRAINED] if is_built_in else open_clip.list_pretrained_tags_by_model(backbone)
+        known = [built_in.pretrained] if built_in else open_clip.list_pretrained_tags_by_model(backbone)
         tags = ", ".join(known) or "none: pass a file"
         msg = f"`pretrained` must be a weight file or a tag of {backbone} ({tags}), got {tag!r}."
         raise ValueError(msg)

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from ..built_in import HINT
+from .registry import BUILT_IN_CLIPS
 from .weights import WeightsUnavailableError, fetch, is_offline, verify_sha256
 
 # Names under which repositories of open_clip models keep their weights, best first.
@@ -47,8 +47,9 @@ def find_pretrained(url: str, hub: str, argument: str, backbone: str) -> Path:
             return target
     places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files]
     places += [f"{target}{damaged}"] if url else []
+    hints = " ".join(clip.hint for clip in BUILT_IN_CLIPS.values())
     remedy = (
-        f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`. {HINT}"
+        f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`. {hints}"
     )
     if is_offline():
         msg = f"{argument}: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"

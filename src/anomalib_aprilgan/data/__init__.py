@@ -1,7 +1,6 @@
-"""Datamodules: auxiliary training data, and drawn inspection data that need no download."""
+"""Datamodules: auxiliary training data, and many categories in one run."""
 
 from .auxiliary import AuxiliaryData
 from .categories import MultiCategoryData
-from .inspection import DrawnInspection
 
-__all__ = ["AuxiliaryData", "DrawnInspection", "MultiCategoryData"]
+__all__ = ["AuxiliaryData", "MultiCategoryData"]

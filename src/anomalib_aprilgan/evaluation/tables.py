@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from .built_in import markdown
 from .cells import DONE, FAILED, FULL
 from .metrics import METRICS
 from .published import DATASETS, method_of, official_code, report_table
@@ -240,3 +239,9 @@ def _done(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return markdown(header, [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

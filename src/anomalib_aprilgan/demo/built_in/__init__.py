@@ -1,10 +1,12 @@
 """The small CLIP that comes with this package, and adapters for it: for trying things out, offline and fast.
 
-It was trained on captioned drawings (:mod:`anomalib_aprilgan.drawn_clip`) and knows nothing else:
+It was trained on captioned drawings (:mod:`anomalib_aprilgan.demo.drawn_clip`) and knows nothing else:
 a demonstration model, no substitute for CLIP.
 """
 
 from pathlib import Path
+
+from ...clip.registry import BuiltInClip
 
 _FOLDER = Path(__file__).parent
 
@@ -24,3 +26,5 @@ HINT = (
     f"`pretrained={PRETRAINED!r}`, `image_size={IMAGE_SIZE}`, `stages={STAGES}`, `memory_stages={MEMORY_STAGES}`, or "
     "`anomalib-aprilgan-quickstart`."
 )
+
+CLIP = BuiltInClip(ARCHITECTURE, PRETRAINED, CONFIG, WEIGHTS, ADAPTERS, HINT)

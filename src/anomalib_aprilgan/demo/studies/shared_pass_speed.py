@@ -1,7 +1,7 @@
 """How much one pass for all settings saves over a run for each, on the built-in data.
 
-``python -m anomalib_aprilgan.evaluation.shared_pass_speed`` measures both in one process, one after the other, metrics
-included, and compares every metric.
+``python -m anomalib_aprilgan.demo.studies.shared_pass_speed`` measures both in one process, one after the other,
+metrics included, and compares every metric.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any, cast
 import numpy as np
 from rich.console import Console
 
-from .. import AprilGAN, built_in
-from ..data import DrawnInspection
-from .built_in import markdown
-from .cells import Cell, CellResult
-from .jobs import CellJob, SharedPassJob, Task
+from ... import AprilGAN
+from ...evaluation.cells import Cell, CellResult
+from ...evaluation.jobs import CellJob, SharedPassJob, Task
+from ...evaluation.tables import markdown
+from .. import built_in
+from ..inspection import DrawnInspection
 
 CATEGORIES = ("leather", "nut")
 ARGUMENTS: dict[str, Any] = {

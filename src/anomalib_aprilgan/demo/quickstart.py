@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..evaluation.figures import heatmap_figure
 from . import built_in
-from .data import DrawnInspection
-from .evaluation.figures import heatmap_figure
+from .inspection import DrawnInspection
 
 # Neither the built-in CLIP nor its adapters were shown one.
 CATEGORY = "leather"

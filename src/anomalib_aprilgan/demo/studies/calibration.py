@@ -1,6 +1,6 @@
 """How many good parts a calibrated threshold flags, and how many defects it finds, with the built-in CLIP.
 
-python -m anomalib_aprilgan.evaluation.calibration --root datasets/DrawnInspection --out calibration.json
+python -m anomalib_aprilgan.demo.studies.calibration --root datasets/DrawnInspection --out calibration.json
 
 On products of the categories that the adapters never saw: 4 references, 50 other good pictures to calibrate with, 200
 more that nothing has seen, and 42 defective ones.
@@ -21,13 +21,15 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from .. import AprilGAN, built_in
-from ..checkpoint import load_adapters
-from ..clip.weights import write_atomically
-from ..data import DrawnInspection
-from ..data.drawing import CATEGORIES
-from ..data.reading import read_picture
-from .built_in import build_model, markdown
+from ... import AprilGAN
+from ...checkpoint import load_adapters
+from ...clip.weights import write_atomically
+from ...data.reading import read_picture
+from ...evaluation.tables import markdown
+from .. import built_in
+from ..drawing import CATEGORIES
+from ..inspection import DrawnInspection
+from .built_in import build_model
 
 FALSE_POSITIVE_RATE = 0.05
 REFERENCES, HELD_OUT, FRESH, DEFECTIVE = 4, 50, 200, 42

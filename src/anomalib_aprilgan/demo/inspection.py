@@ -1,7 +1,7 @@
 """Drawn inspection data on disk in MVTec AD's layout, and the datamodule over it.
 
 Nothing is downloaded: the pictures are drawn on first use by
-:mod:`anomalib_aprilgan.data.drawing`, so that a run needs no data set and every mask is exact.
+:mod:`anomalib_aprilgan.demo.drawing`, so that a run needs no data set and every mask is exact.
 """
 
 from collections.abc import Sequence

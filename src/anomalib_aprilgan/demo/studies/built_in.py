@@ -1,6 +1,6 @@
 """What the built-in CLIP and its adapters reach on products they never saw.
 
-python -m anomalib_aprilgan.evaluation.built_in --root datasets/DrawnInspection --out figures.json
+python -m anomalib_aprilgan.demo.studies.built_in --root datasets/DrawnInspection --out figures.json
 
 Every seed is a new product of every category: freshly drawn, with as many good as defective test
 pictures. Figures are means over categories; the deviation is the one between seeds.
@@ -27,14 +27,16 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from .. import AprilGAN, built_in
-from ..checkpoint import load_adapters
-from ..clip.weights import write_atomically
-from ..data import DrawnInspection
-from ..data.drawing import CATEGORIES
-from ..decision.post_processing import AprilGANPostProcessor
+from ... import AprilGAN
+from ...checkpoint import load_adapters
+from ...clip.weights import write_atomically
+from ...decision.post_processing import AprilGANPostProcessor
+from ...evaluation.tables import markdown
+from ...network.scoring import map_statistic
+from .. import built_in
+from ..drawing import CATEGORIES
 from ..drawn_clip.pretrain import CAPTIONED_CATEGORIES, UNSEEN_CATEGORIES, UNSEEN_DEFECTS
-from ..network.scoring import map_statistic
+from ..inspection import DrawnInspection
 
 SHOTS = (1, 2, 4)
 PIXEL_METRICS = ("pixel AUROC", "pixel AP", "AUPRO")
@@ -213,12 +215,6 @@ def mean_and_deviation(results: Mapping[str, Any], categories: Sequence[str], se
     """A figure over categories: its mean and its deviation between the products, in words."""
     by_seed = np.mean([results[category][setting][name] for category in categories], axis=0)
     return f"{by_seed.mean():.3f} ± {by_seed.std():.3f}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """What smoothing, neighbourhoods and the mean of the highest pixels are worth with the built-in CLIP.
 
-python -m anomalib_aprilgan.evaluation.options --root datasets/DrawnInspection --out options.json
+python -m anomalib_aprilgan.demo.studies.options --root datasets/DrawnInspection --out options.json
 
 On products of the categories that neither CLIP nor its adapters saw. Figures are means over categories; the
 deviation is the one between seeds.
@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
+from ...clip.weights import write_atomically
 from .. import built_in
-from ..clip.weights import write_atomically
 from ..drawn_clip.pretrain import UNSEEN_CATEGORIES
 from .built_in import Product, build_model, figures_of, fused_scores, load_product, raw_scores, table_of_maps
 

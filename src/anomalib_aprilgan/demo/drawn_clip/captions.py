@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..clip.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES
-from ..data.drawing import INVENTIONS
+from ...clip.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES
+from ..drawing import INVENTIONS
 
 BARE_STATE = "{}"
 # How an inspector would name each defect kind; kinds kept out of training have no words either.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from ..data.drawing import Twins, draw_twins
+from ..drawing import Twins, draw_twins
 
 _CHUNK = 240
 # Category, seed, index and defect kind of twins; good, bad and mask of some of them.

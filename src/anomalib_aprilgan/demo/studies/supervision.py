@@ -1,6 +1,6 @@
 """What adapters learn from masks, from labels alone and from good parts alone.
 
-python -m anomalib_aprilgan.evaluation.supervision --root datasets/DrawnInspection --out figures.json
+python -m anomalib_aprilgan.demo.studies.supervision --root datasets/DrawnInspection --out figures.json
 
 On drawn products: adapters of the built-in CLIP are trained on a few categories, read by anomalib's
 ``Folder`` as a user's own folders would be, once with masks, once without, once on the good pictures
@@ -23,16 +23,18 @@ from anomalib.engine import Engine
 from lightning import seed_everything
 from rich.console import Console
 
-from .. import AprilGAN, built_in
-from ..clip.weights import write_atomically
-from ..data import AuxiliaryData, DrawnInspection
+from ... import AprilGAN
+from ...clip.weights import write_atomically
+from ...data import AuxiliaryData
+from ...evaluation.tables import markdown
+from .. import built_in
 from ..drawn_clip.pretrain import DRAWN_DEFECTS, UNSEEN_CATEGORIES
+from ..inspection import DrawnInspection
 from .built_in import (
     PIXEL_METRICS,
     Product,
     figures_of,
     load_product,
-    markdown,
     mean_and_deviation,
     raw_scores,
     untrained,

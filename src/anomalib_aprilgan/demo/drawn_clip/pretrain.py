@@ -1,6 +1,6 @@
 """Trains the small CLIP of this package on captioned drawings: seeded, on a CPU or a GPU.
 
-OMP_NUM_THREADS=1 python -m anomalib_aprilgan.drawn_clip.pretrain --seed 1 --out ViT-drawn-96.safetensors
+OMP_NUM_THREADS=1 python -m anomalib_aprilgan.demo.drawn_clip.pretrain --seed 1 --out ViT-drawn-96.safetensors
 
 The weights in this package are what this command wrote, with the log beside them: an hour and forty minutes on
 one core, and 8 GB of memory. The README says what they reach, and what those of another seed do.
@@ -24,13 +24,13 @@ from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
+from ...clip.backbone import ClipArchitecture, ClipBackbone
+from ...clip.prompts import PromptEnsemble
+from ...clip.weights import write_atomically
+from ...data.pre_processing import CLIP_MEAN, CLIP_STD
+from ...network.scoring import text_probability
 from .. import built_in
-from ..clip.backbone import ClipArchitecture, ClipBackbone
-from ..clip.prompts import PromptEnsemble
-from ..clip.weights import write_atomically
-from ..data.drawing import CATEGORIES, DEFECTS, INVENTIONS
-from ..data.pre_processing import CLIP_MEAN, CLIP_STD
-from ..network.scoring import text_probability
+from ..drawing import CATEGORIES, DEFECTS, INVENTIONS
 from .pictures import Pictures, draw_pictures
 from .trainer import Recipe, Trainer, as_planes
 
@@ -137,7 +137,7 @@ def _summary(auroc: dict[str, float]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="anomalib_aprilgan.drawn_clip.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="anomalib_aprilgan.demo.drawn_clip.pretrain", description=__doc__)
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of everything (default: %(default)s)")
     parser.add_argument(

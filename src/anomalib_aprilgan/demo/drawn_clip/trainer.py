@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import normalize
 
-from ..clip.backbone import ClipArchitecture, ClipBackbone, VisionOutput, random_weights
-from ..data.drawing import INVENTIONS
-from ..data.pre_processing import CLIP_MEAN, CLIP_STD
-from ..network.scoring import TEMPERATURE, text_logits
+from ...clip.backbone import ClipArchitecture, ClipBackbone, VisionOutput, random_weights
+from ...data.pre_processing import CLIP_MEAN, CLIP_STD
+from ...network.scoring import TEMPERATURE, text_logits
+from ..drawing import INVENTIONS
 from .captions import draw_caption, draw_noun, draw_state_sentences
 from .muon import Muon
 from .objectives import also_fits, contrastive_loss, patch_loss, ranking_loss

@@ -1,0 +1,1 @@
+"""Drawn inspection data, the small CLIP that learned from them, the quickstart, and the studies about both."""

@@ -1,0 +1,1 @@
+"""Measurements on drawn products: the tables about the built-in CLIP."""
