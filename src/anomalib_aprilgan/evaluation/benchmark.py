@@ -30,7 +30,7 @@ from rich.markdown import Markdown
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from ..clip.backbone import ClipBackbone
-from ..clip.weights import write_atomically
+from ..files import write_atomically
 from ..lightning_model import AprilGAN
 from . import plots, tables
 from .cells import FAILED, Cell, CellResult, Results, file_stem

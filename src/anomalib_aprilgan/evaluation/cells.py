@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from omegaconf import OmegaConf
 
-from ..clip.weights import write_atomically
+from ..files import write_atomically
 from .metrics import METRICS
 
 FULL = -1

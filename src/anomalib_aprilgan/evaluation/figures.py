@@ -9,7 +9,7 @@ from anomalib.data.utils import read_image, read_mask
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..clip.weights import write_atomically
+from ..files import write_atomically
 
 
 def heatmap_figure(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..clip.weights import write_atomically
+from ..files import write_atomically
 from .cells import DONE, FULL
 from .tables import means_of_seeds, setting_of, settings_in, title_of
 

@@ -15,7 +15,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..clip.weights import write_atomically
+from ..files import write_atomically
 from ..data.listing import listed_files
 from ..data.reading_hooks import unreadable_files
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_dtype
 
-from ..clip.weights import write_atomically
+from ..files import write_atomically
 from ..data.listing import listed_files
 from ..data.reading import UnreadableImageError, read_picture
 from ..data.pre_processing import AprilGANPreProcessor

@@ -29,9 +29,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 
 from ... import AprilGAN
 from ...checkpoint import load_adapters
-from ...clip.weights import write_atomically
 from ...decision.post_processing import AprilGANPostProcessor
 from ...evaluation.tables import markdown
+from ...files import write_atomically
 from ...network.scoring import map_statistic
 from .. import built_in
 from ..drawing import CATEGORIES

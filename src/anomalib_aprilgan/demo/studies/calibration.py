@@ -23,9 +23,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 
 from ... import AprilGAN
 from ...checkpoint import load_adapters
-from ...clip.weights import write_atomically
 from ...data.reading import read_picture
 from ...evaluation.tables import markdown
+from ...files import write_atomically
 from .. import built_in
 from ..drawing import CATEGORIES
 from ..inspection import DrawnInspection

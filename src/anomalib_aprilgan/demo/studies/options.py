@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from ...clip.weights import write_atomically
+from ...files import write_atomically
 from .. import built_in
 from ..drawn_clip.pretrain import UNSEEN_CATEGORIES
 from .built_in import Product, build_model, figures_of, fused_scores, load_product, raw_scores, table_of_maps

@@ -24,9 +24,9 @@ from lightning import seed_everything
 from rich.console import Console
 
 from ... import AprilGAN
-from ...clip.weights import write_atomically
 from ...data import AuxiliaryData
 from ...evaluation.tables import markdown
+from ...files import write_atomically
 from .. import built_in
 from ..drawn_clip.pretrain import DRAWN_DEFECTS, UNSEEN_CATEGORIES
 from ..inspection import DrawnInspection
