@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from .clip.backbone import ClipArchitecture
+from .clip.architecture import ClipArchitecture
 from .data.pre_processing import aspect_size
 from .data.references import References
 from .network.scoring import smoothing_radius

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .clip.backbone import ClipArchitecture
+from .clip.architecture import ClipArchitecture
 from .clip.registry import BUILT_IN_CLIPS
-from .clip.weights import AUTHORS_ADAPTERS, authors_adapters, read_state_dict, write_atomically
+from .clip.state_dict import read_state_dict
+from .clip.weights import AUTHORS_ADAPTERS, authors_adapters
+from .files import write_atomically
 
 # The mapping in the authors' files (train.py).
 AUTHORS_KEY = "trainable_linearlayer"
@@ -34,7 +36,7 @@ class Provenance:
     Attributes:
         trained_on: anomalib's data set names and the categories used; an empty list stands for all.
         backbone: Architecture name.
-        fingerprint: Short hash of CLIP's weights (:attr:`ClipBackbone.fingerprint`).
+        fingerprint: Hash of CLIP's weights (:attr:`ClipBackbone.digest`).
         stages: Tapped blocks, counted from 1.
         quick_gelu: Activation CLIP ran with.
         image_size: Height and width in pixels.

@@ -24,8 +24,9 @@ from torch.optim import Adam
 from .arguments import check_few_shot, check_maps, height_and_width, plain_references, size_of_shape
 from .checkpoint import save_adapters
 from .class_names import class_of_file, words_of_classes
-from .clip.backbone import ClipArchitecture, image_statistics
+from .clip.architecture import ClipArchitecture
 from .clip.prompts import PromptEnsemble
+from .clip.weights import image_statistics
 from .data.pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .data.reading_hooks import read_data_of, unreadable_files
 from .decision.calibration import Calibration

@@ -12,7 +12,8 @@ from anomalib.data import AnomalibDataModule
 from torch import Tensor, nn
 
 from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolve_adapters
-from .clip.backbone import ClipArchitecture, load_clip
+from .clip.architecture import ClipArchitecture
+from .clip.backbone import load_clip
 from .clip.prompts import ALIASES, PromptEnsemble
 from .data.references import References, ReferenceSource, contents_of, read_reference, references_of_class
 from .network.model import AprilGANModel, HeldOut
@@ -93,10 +94,10 @@ class Preparation:
         if model.has_backbone:
             return
         backbone = load_clip(self.architecture, self.pretrained)
-        if self._fingerprint not in {None, backbone.fingerprint}:
+        if self._fingerprint is not None and not backbone.matches(self._fingerprint):
             msg = (
                 f"`pretrained`: the checkpoint belongs to a CLIP with weights {self._fingerprint}, "
-                f"{self.pretrained} has weights {backbone.fingerprint}."
+                f"{self.pretrained} has weights {backbone.digest}."
             )
             raise ValueError(msg)
         model.attach_backbone(backbone.to(device))
@@ -111,7 +112,10 @@ class Preparation:
         if source == self._adapter_source:
             return
         state_dict, provenance = load_resolved_adapters(source)
-        provenance.check(self.architecture, model.backbone.fingerprint, model.stages, source)
+        recorded, digest = provenance.fingerprint, model.backbone.digest
+        if recorded is not None and model.backbone.matches(recorded):
+            digest = recorded
+        provenance.check(self.architecture, digest, model.stages, source)
         check_shapes(state_dict, model.adapters.state_dict(), source)
         model.adapters.load_state_dict(state_dict)
         self.provenance = provenance
@@ -257,7 +261,7 @@ class Preparation:
         """Write down what the adapters will have seen, beside what they have seen before."""
         before = self.provenance.trained_on
         self.provenance = Provenance.of_training(
-            datamodule, self.architecture, model.backbone.fingerprint, model.stages
+            datamodule, self.architecture, model.backbone.digest, model.stages
         ).with_earlier(before)
 
     def warn_of_seen_data(self, datamodule: AnomalibDataModule | None) -> None:
@@ -275,7 +279,7 @@ class Preparation:
         """Plain data that a checkpoint needs beside the tensors."""
         return {
             "class_names": {name: self.words_of(name) for name in model.class_names},
-            "fingerprint": model.backbone.fingerprint if model.has_backbone else self._fingerprint,
+            "fingerprint": model.backbone.digest if model.has_backbone else self._fingerprint,
             "clip": self._clip_settings(model),
             "prompts": self.prompts.to_dict(),
             "provenance": self.provenance.to_dict(),
@@ -296,10 +300,11 @@ class Preparation:
         Raises:
             ValueError: The checkpoint belongs to another CLIP or other stages.
         """
-        if model.has_backbone and learned["fingerprint"] not in {None, model.backbone.fingerprint}:
+        recorded = learned["fingerprint"]
+        if model.has_backbone and recorded is not None and not model.backbone.matches(recorded):
             msg = (
-                f"`pretrained`: the checkpoint belongs to a CLIP with weights {learned['fingerprint']}, "
-                f"the model has weights {model.backbone.fingerprint}."
+                f"`pretrained`: the checkpoint belongs to a CLIP with weights {recorded}, "
+                f"the model has weights {model.backbone.digest}."
             )
             raise ValueError(msg)
         few_shot = any(learned["references"].values())

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_aprilgan import AprilGAN
-from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.backbone import load_clip
 from anomalib_aprilgan.clip.prompts import PromptEnsemble
 from anomalib_aprilgan.data.mosaic import mosaic
 from anomalib_aprilgan.data.pre_processing import resize_mask

@@ -15,9 +15,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anomalib_aprilgan.clip import pretrained
-from anomalib_aprilgan.clip.backbone import ClipArchitecture, ClipBackbone, image_statistics, load_clip
-from anomalib_aprilgan.clip.weights import WeightsUnavailableError
+from anomalib_aprilgan.clip import weights
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.backbone import ClipBackbone, load_clip
+from anomalib_aprilgan.clip.weights import WeightsUnavailableError, image_statistics
 from anomalib_aprilgan.demo import built_in
 
 SENTENCES = ["a photo of a bolt.", "nut", "a jpeg corrupted photo of a bolt without any damage in the scene."]
@@ -208,7 +209,7 @@ class TestFrozen:
         torch.nn.Sequential(clip).train()
         assert not any(module.training for module in clip.modules())
 
-    def test_fingerprint_tells_weights_apart_and_not_files(
+    def test_digest_tells_weights_apart_and_not_files(
         self, backbone: Callable[..., ClipBackbone], small_clip: Any, tmp_path: Path
     ) -> None:
         state_dict = load_file(small_clip.weights)
@@ -217,9 +218,9 @@ class TestFrozen:
         save_file(state_dict, tmp_path / "other.safetensors")
         clip = backbone((96, 64))
         same, other = (load_clip(clip.architecture, str(tmp_path / name)) for name in ("same.pt", "other.safetensors"))
-        assert same.fingerprint == clip.fingerprint == backbone().fingerprint
-        assert other.fingerprint != clip.fingerprint
-        assert len(clip.fingerprint) == 16
+        assert same.digest == clip.digest == backbone().digest
+        assert other.digest != clip.digest
+        assert len(clip.digest) == 32
 
 
 class TestText:
@@ -384,7 +385,7 @@ class TestTags:
         by_file = ClipArchitecture.load(str(built_in.CONFIG), (128, 64), None)
         assert by_name.config == by_file.config
         clip, same = load_clip(by_name, built_in.PRETRAINED), load_clip(by_file, str(built_in.WEIGHTS))
-        assert clip.fingerprint == same.fingerprint
+        assert clip.digest == same.digest
         assert by_name.check_stages(built_in.STAGES) == built_in.STAGES
         assert clip(torch.zeros(1, 3, 128, 64), [4]).patch_tokens[0].shape == (1, 16 * 8, 96)
 
@@ -412,8 +413,8 @@ class TestTags:
         self, load: Callable[..., ClipBackbone], backbone: Callable[..., ClipBackbone], in_clips_cache: Path
     ) -> None:
         digest = hashlib.sha256(in_clips_cache.read_bytes()).hexdigest()
-        assert load(url=self.url(digest)).fingerprint == backbone().fingerprint
-        assert load(url=self.url(digest), hf_hub="owner/clip/").fingerprint == backbone().fingerprint
+        assert load(url=self.url(digest)).digest == backbone().digest
+        assert load(url=self.url(digest), hf_hub="owner/clip/").digest == backbone().digest
 
     def test_damaged_file_in_clips_cache_is_named(
         self, load: Callable[..., ClipBackbone], in_clips_cache: Path
@@ -434,13 +435,13 @@ class TestTags:
         name: str,
     ) -> None:
         self.in_hub_cache(home, small_clip, name)
-        assert load(hf_hub="owner/clip/").fingerprint == backbone().fingerprint
+        assert load(hf_hub="owner/clip/").digest == backbone().digest
 
     def test_file_named_in_the_tag(
         self, load: Callable[..., ClipBackbone], backbone: Callable[..., ClipBackbone], home: Path, small_clip: Any
     ) -> None:
         self.in_hub_cache(home, small_clip, "special.bin")
-        assert load(hf_hub="owner/clip/special.bin").fingerprint == backbone().fingerprint
+        assert load(hf_hub="owner/clip/special.bin").digest == backbone().digest
         with pytest.raises(WeightsUnavailableError, match=r"owner/clip/open_clip_model\.safetensors in the Hugging"):
             load(hf_hub="owner/clip/")
 
@@ -470,6 +471,6 @@ class TestTags:
 
         monkeypatch.delenv("HF_HUB_OFFLINE")
         monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
-        monkeypatch.setattr(pretrained, "hf_hub_download", download)
-        assert load(hf_hub="owner/clip/").fingerprint == backbone().fingerprint
+        monkeypatch.setattr(weights, "hf_hub_download", download)
+        assert load(hf_hub="owner/clip/").digest == backbone().digest
         assert asked == ["owner/clip/open_clip_model.safetensors", "owner/clip/open_clip_pytorch_model.safetensors"]

@@ -20,7 +20,8 @@ from anomalib_aprilgan.checkpoint import (
     resolve_adapters,
     save_adapters,
 )
-from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.backbone import load_clip
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.network.adapters import LinearAdapters
 
@@ -213,7 +214,8 @@ class TestChoice:
         source = resolve_adapters("auto", "DrawnInspection", architecture)
         clip = load_clip(architecture, built_in.PRETRAINED)
         _, provenance = load_resolved_adapters(source)
-        provenance.check(architecture, clip.fingerprint, built_in.STAGES, source)
+        assert clip.matches(provenance.fingerprint)
+        provenance.check(architecture, provenance.fingerprint, built_in.STAGES, source)
         assert provenance.trained_on["DrawnInspection"]
         with pytest.raises(ValueError, match=r"`adapters='visa'` were trained for the CLIP ViT-L-14-336"):
             resolve_adapters("visa", None, architecture)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.backbone import load_clip
 from anomalib_aprilgan.clip.prompts import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES, PromptEnsemble
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.demo.drawing import CATEGORIES, DEFECTS, INVENTIONS, OBJECTS, TEXTURES, draw_twins

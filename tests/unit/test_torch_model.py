@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_aprilgan.clip.backbone import ClipArchitecture, load_clip
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.backbone import load_clip
 from anomalib_aprilgan.network.adapters import LinearAdapters
 from anomalib_aprilgan.network.model import AprilGANModel
 from anomalib_aprilgan.network.scoring import map_statistic, neighbourhood_mean, smooth

@@ -2,11 +2,12 @@
 
 import hashlib
 import pickle
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anomalib_aprilgan.clip import weights
+from anomalib_aprilgan.clip.state_dict import read_state_dict
 from anomalib_aprilgan.clip.weights import (
     ADAPTERS_URL_VARIABLE,
     AUTHORS_ADAPTERS,
@@ -23,11 +25,9 @@ from anomalib_aprilgan.clip.weights import (
     fetch,
     git_blob_id,
     is_offline,
-    read_state_dict,
-    sha256,
     verify_sha256,
-    write_atomically,
 )
+from anomalib_aprilgan.files import sha256
 
 BODY = b"adapters" * 1000
 
@@ -39,6 +39,8 @@ class Mirror:
         self.body, self.announced, self.status = BODY, len(BODY), 200
         self.headers: dict[str, str] = {}
         self.requests: list[str] = []
+        self.silence = Event()  # the connection stays open until it is set
+        self.silence.set()
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,6 +55,7 @@ class Mirror:
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(mirror.body)
+                mirror.silence.wait(10)
 
             def log_message(self, *args: object) -> None:
                 """Keep the test output clean."""
@@ -228,6 +231,20 @@ class TestFetch:
             fetch(mirror.url, tmp_path / "file" / "below", lambda _: None)
         assert mirror.requests == []
 
+    def test_server_that_falls_silent(self, mirror: Mirror, tmp_path: Path) -> None:
+        """It sends half the body and keeps the connection open."""
+        mirror.body, mirror.silence = BODY[:4000], Event()
+        try:
+            with pytest.raises(OSError, match="timed out"):
+                fetch(mirror.url, tmp_path / "file", lambda _: None, timeout=0.2)
+        finally:
+            mirror.silence.set()
+        assert files(tmp_path) == []
+
+    def test_progress_is_shown(self, mirror: Mirror, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        fetch(mirror.url, tmp_path / "weights.pt", lambda _: None)
+        assert re.search(r"weights\.pt: 100%.*7\.8\dk/7\.8\dk", capsys.readouterr().err)
+
 
 class TestDigests:
     @pytest.mark.parametrize("content", [b"", b"hello\n", bytes(range(256)) * 9000])
@@ -301,7 +318,7 @@ class TestReadStateDict:
         module = Tiny()
         archive = torch.jit.script(module) if how == "script" else torch.jit.trace(module, torch.zeros(1, 2))
         archive.save(tmp_path / "archive.pt")
-        read = read_state_dict(tmp_path / "archive.pt", "pretrained")
+        read = read_state_dict(tmp_path / "archive.pt", "pretrained", torchscript=True)
         assert sorted(read) == ["layer.bias", "layer.weight"]
         assert torch.equal(read["layer.weight"], module.layer.weight)
 
@@ -367,27 +384,3 @@ class TestReadStateDict:
         torch.save({0: torch.zeros(1)}, tmp_path / "file.pt")
         with pytest.raises(ValueError, match="holds no plain mapping of names to tensors"):
             read_state_dict(tmp_path / "file.pt", "pretrained")
-
-
-class TestWriteAtomically:
-    def test_whole_or_nothing(self, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "file"
-        write_atomically(path, lambda file: file.write(b"first"))
-        assert path.read_bytes() == b"first"
-
-        def fail(file: object) -> None:
-            file.write(b"half")
-            msg = "disk full"
-            raise OSError(msg)
-
-        with pytest.raises(OSError, match="disk full"):
-            write_atomically(path, fail)
-        assert path.read_bytes() == b"first"
-        assert files(tmp_path) == ["new/file"]
-
-
-def test_written_files_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    weights.write_atomically(tmp_path / "ours", lambda file: file.write(b"x"))
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert (tmp_path / "ours").read_bytes() == b"x"

@@ -67,7 +67,8 @@ TEMPLATES = (
     "this is the {} in the scene.",
     "this is one {} in the scene.",
 )
-# Words for the categories of MVTec AD and VisA whose names are none. The published results use the names.
+_LISTS = ("normal", "anomalous", "templates")
+# Words for the categories of MVTec AD and VisA whose names are not words. The published results use the names.
 ALIASES = {
     "metal_nut": "metal nut",
     "chewinggum": "chewing gum",
@@ -105,8 +106,9 @@ class PromptEnsemble:
     classes: Mapping[str, PromptEnsemble] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse entries that make no sentence."""
-        for name, entries in (("normal", self.normal), ("anomalous", self.anomalous), ("templates", self.templates)):
+        """Raise if a list or an entry makes no sentence."""
+        for name in _LISTS:
+            entries = getattr(self, name)
             if not entries:
                 msg = f"`prompts.{name}` must hold at least one entry, got none."
                 raise ValueError(msg)
@@ -135,15 +137,12 @@ class PromptEnsemble:
         except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
             msg = f"`prompts`: {path} is not readable YAML: {error}"
             raise ValueError(msg) from error
-        lists = _checked(content, str(path), ("normal", "anomalous", "templates", "classes"))
-        of_classes = lists.pop("classes", {})
-        common = cls(**_as_tuples(lists, str(path)))
-        classes = {}
-        for name, own in _checked(of_classes, f"classes in {path}", None).items():
-            where = f"classes.{name} in {path}"
-            classes[name] = replace(
-                common, **_as_tuples(_checked(own, where, ("normal", "anomalous", "templates")), where)
-            )
+        lists = _read_lists(content, str(path), "classes")
+        of_classes = _read_mapping(lists.pop("classes", {}), f"classes in {path}", None)
+        common = cls(**lists)
+        classes = {
+            name: replace(common, **_read_lists(own, f"classes.{name} in {path}")) for name, own in of_classes.items()
+        }
         return replace(common, classes=classes)
 
     def of_class(self, name: str) -> PromptEnsemble:
@@ -152,7 +151,7 @@ class PromptEnsemble:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, to tell whether sentences are still the same."""
-        lists: dict[str, Any] = {name: list(getattr(self, name)) for name in ("normal", "anomalous", "templates")}
+        lists: dict[str, Any] = {name: list(getattr(self, name)) for name in _LISTS}
         return lists | {"classes": {name: own.to_dict() for name, own in self.classes.items()}}
 
     def sentences(self, class_name: str) -> tuple[list[str], list[str]]:
@@ -178,7 +177,7 @@ class PromptEnsemble:
         return [template.replace("{}", phrase) for phrase in phrases for template in self.templates]
 
 
-def _checked(content: object, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
+def _read_mapping(content: object, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
     """A mapping, with keys out of ``known``."""
     if not isinstance(content, dict) or not (known is None or set(content) <= set(known)):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -187,12 +186,15 @@ def _checked(content: object, where: str, known: tuple[str, ...] | None) -> dict
     return {str(key): value for key, value in content.items()}
 
 
-def _as_tuples(lists: dict[str, Any], where: str) -> dict[str, Any]:
-    for key, entries in lists.items():
-        if not isinstance(entries, list):
-            msg = f"`prompts`: {key!r} in {where} must be a list of strings, got {type(entries).__name__}."
+def _read_lists(content: object, where: str, *further: str) -> dict[str, Any]:
+    """The lists of a mapping as tuples, and its further keys as they are."""
+    lists = _read_mapping(content, where, (*_LISTS, *further))
+    for key in [key for key in _LISTS if key in lists]:
+        if not isinstance(lists[key], list):
+            msg = f"`prompts`: {key!r} in {where} must be a list of strings, got {type(lists[key]).__name__}."
             raise ValueError(msg)
-    return {key: tuple(entries) for key, entries in lists.items()}
+        lists[key] = tuple(lists[key])
+    return lists
 
 
 def _count_slots(entry: str) -> int:

@@ -1,4 +1,4 @@
-"""Where weights come from: files, downloads that are verified and never half-written, the user's cache."""
+"""Where weight files come from: the caches of this machine, or downloads that are verified and never half-written."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import hashlib
 import http.client
 import logging
 import os
-import secrets
 import shutil
 import urllib.error
 import urllib.request
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from platformdirs import user_cache_path
-from safetensors.torch import load_file
-from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from ..files import sha256, temporary_beside
+from . import library
+from .registry import BUILT_IN_CLIPS
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ AUTHORS_COMMIT = "f13b8a634e04f9fde8fa03db125b25af5695d8e1"
 ADAPTERS_URL = f"https://raw.githubusercontent.com/ByChelsea/VAND-APRIL-GAN/{AUTHORS_COMMIT}/exps/pretrained"
 # A company's mirror of the authors' adapter files goes here.
 ADAPTERS_URL_VARIABLE = "ANOMALIB_APRILGAN_ADAPTERS_URL"
-# The buffers of an OpenAI archive that are no weights.
-_ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
+# Names under which repositories of open_clip models keep their weights, best first.
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class WeightsUnavailableError(FileNotFoundError):
@@ -58,10 +59,8 @@ AUTHORS_ADAPTERS = {
 
 def is_offline() -> bool:
     """Whether the user asked the Hugging Face tools, and so us, to keep off the network."""
-    return any(os.environ.get(name, "0").lower() in {"1", "true", "yes", "on"} for name in _OFFLINE_VARIABLES)
-
-
-_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "0").lower() in {"1", "true", "yes", "on"} for name in variables)
 
 
 def authors_adapters(name: str) -> Path:
@@ -88,8 +87,98 @@ def authors_adapters(name: str) -> Path:
     return target
 
 
+def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Channel means and standard deviations a tag's weights were trained with; ``None`` for files and unknown tags."""
+    config = library.pretrained_config(backbone, pretrained)
+    return (tuple(config["mean"]), tuple(config["std"])) if config.get("mean") and config.get("std") else None
+
+
+def find_pretrained(backbone: str, tag: str) -> Path:
+    """File with the weights of an open_clip tag: built in, cached here, or fetched into open_clip's own cache.
+
+    Args:
+        backbone: Name of the architecture.
+        tag: A tag that open_clip knows for it ("openai").
+
+    Raises:
+        WeightsUnavailableError: In no cache, and the network may not be used or does not give it.
+        ValueError: The tag is unknown, or the fetched file has not the published digest.
+    """
+    built_in = BUILT_IN_CLIPS.get(backbone)
+    if built_in is not None and tag == built_in.pretrained:
+        return built_in.weights
+    config = library.pretrained_config(backbone, tag)
+    if not config:
+        known = [built_in.pretrained] if built_in else library.pretrained_tags(backbone)
+        tags = ", ".join(known) or "none: pass a file"
+        msg = f"`pretrained` must be a weight file or a tag of {backbone} ({tags}), got {tag!r}."
+        raise ValueError(msg)
+    return _find_published(config.get("url", ""), config.get("hf_hub", ""), f"`pretrained={tag!r}`", backbone)
+
+
+def _find_published(url: str, hub: str, argument: str, backbone: str) -> Path:
+    """File of published weights, in the Hugging Face cache, in open_clip's, or fetched into one of them.
+
+    Args:
+        url: Address, where open_clip knows one.
+        hub: ``"owner/name/"`` or ``"owner/name/file"`` on the Hugging Face hub, where open_clip knows one.
+        argument: The user's argument, for the error.
+        backbone: Name of the architecture, for the error.
+    """
+    repository, _, file_name = hub.rpartition("/")
+    hub_files = ((file_name,) if file_name else _HUB_FILES) if repository else ()
+    for name in hub_files:
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    target = Path.home() / ".cache" / "clip" / Path(url).name  # where open_clip keeps them
+    # OpenAI's addresses carry the digest of the file.
+    verify = verify_sha256(Path(url).parent.name if "openaipublic" in url else "")
+    damage = ""
+    if url and target.is_file():
+        try:
+            verify(target)
+        except ValueError as error:
+            damage = f" ({error})"  # fetched anew below
+        else:
+            return target
+    places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files]
+    places += [f"{target}{damage}"] if url else []
+    hints = " ".join(clip.hint for clip in BUILT_IN_CLIPS.values())
+    remedy = (
+        f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`. {hints}"
+    )
+    if is_offline():
+        msg = f"{argument}: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"
+        raise WeightsUnavailableError(msg)
+    try:
+        if repository:
+            return _download_from_hub(repository, hub_files)
+        fetch(url, target, verify)
+    except (OSError, HfHubHTTPError) as error:
+        msg = f"{argument}: the weights of {backbone} could not be fetched ({type(error).__name__}). {remedy}"
+        raise WeightsUnavailableError(msg) from error
+    return target
+
+
+def _download_from_hub(repository: str, names: Sequence[str]) -> Path:
+    """The first of these files that the repository has."""
+    *others, last = names
+    for name in others:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError:
+            raise  # no network, rather than no such file
+        except EntryNotFoundError:
+            continue
+    return Path(hf_hub_download(repository, last))
+
+
 def fetch(url: str, target: Path, verify: Callable[[Path], None], timeout: float = 30.0) -> None:
     """Download to ``target``; the name appears only when the file is whole and verified.
+
+    ``torch.hub.download_url_to_file`` waits for ever where a server falls silent, and takes a body that ends early for
+    a whole one.
 
     Args:
         url: Address.
@@ -102,115 +191,31 @@ def fetch(url: str, target: Path, verify: Callable[[Path], None], timeout: float
         ValueError: ``verify`` refused the file.
     """
     logger.info("Downloading %s to %s", url, target)
-    temporary = _temporary_beside(target)
-    try:
-        with temporary.open("xb") as file, urllib.request.urlopen(url, timeout=timeout) as response:  # noqa: S310  # https or the user's own mirror
-            shutil.copyfileobj(response, file)
-            announced = response.headers.get("Content-Length")
-            if announced is not None and file.tell() != int(announced):
-                msg = f"the connection ended after {file.tell()} of {announced} bytes"
-                raise OSError(msg)
+    with temporary_beside(target) as temporary:
+        try:
+            with temporary.open("xb") as file, urllib.request.urlopen(url, timeout=timeout) as response:  # noqa: S310  # https or the user's own mirror
+                announced = response.headers.get("Content-Length")
+                total = None if announced is None else int(announced)
+                with tqdm.wrapattr(response, "read", total=total, desc=target.name) as body:
+                    shutil.copyfileobj(body, file)
+                if total not in {None, file.tell()}:
+                    msg = f"the connection ended after {file.tell()} of {total} bytes"
+                    raise OSError(msg)
+        except http.client.HTTPException as error:
+            msg = f"the transfer broke off: {error!r}"
+            raise OSError(msg) from error
         verify(temporary)
-        temporary.replace(target)
-    except http.client.HTTPException as error:
-        msg = f"the transfer broke off: {error!r}"
-        raise OSError(msg) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_blob_id(path: Path) -> str:
     r"""Name that git gives to a file's content: SHA-1 of ``"blob <size>\0"`` and the bytes."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def verify_sha256(expected_prefix: str) -> Callable[[Path], None]:
     """A check for :func:`fetch`: the file's SHA-256 begins with these digits."""
     return lambda file: _expect(file, "SHA-256", expected_prefix, sha256(file)[: len(expected_prefix)])
-
-
-def read_state_dict(path: Path, argument: str, nested_under: str = "state_dict") -> dict[str, Tensor]:
-    """Tensors of a weight file: safetensors, a torch file (``weights_only``) or OpenAI's TorchScript archive.
-
-    Args:
-        path: The file.
-        argument: Name of the user's argument, for the error.
-        nested_under: Key under which the tensors may lie.
-
-    Returns:
-        Names and tensors on the CPU; the nesting and a ``module.`` prefix are taken off.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or holds something else.
-    """
-    if not path.is_file():
-        msg = f"`{argument}`: no weight file {path}."
-        raise FileNotFoundError(msg)
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-    except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        msg = (
-            f"`{argument}`: {path} ({path.stat().st_size} bytes) cannot be read: is it complete, and are these "
-            f"weights (.safetensors, .pt, .pth)? The reader says: {reason}"
-        )
-        raise ValueError(msg) from error
-    if isinstance(content, dict) and isinstance(content.get(nested_under), dict):
-        content = content[nested_under]
-    is_mapping = isinstance(content, dict) and content
-    if not is_mapping or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        msg = f"`{argument}`: {path} holds no plain mapping of names to tensors."
-        raise ValueError(msg)
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content
-
-
-def _read_torch_file(path: Path) -> Any:  # noqa: ANN401  # whatever the file holds; the caller checks
-    if _is_torchscript(path):
-        state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        return {name: value for name, value in state.items() if name not in _ARCHIVE_CONSTANTS}
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under a temporary name and rename it when it is complete.
-
-    Args:
-        path: The final name; its folder is created.
-        write: Writes the content to the open file.
-    """
-    temporary = _temporary_beside(path)
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary_beside(path: Path) -> Path:
-    """A free name in the folder of ``path``, which is created. Not tempfile's: that would hide the file from others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def _expect(file: Path, kind: str, expected: str, found: str) -> None:

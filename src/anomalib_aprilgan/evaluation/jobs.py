@@ -23,8 +23,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..clip.backbone import ClipBackbone
-from ..clip.weights import write_atomically
 from ..data.references import ReferenceSource
+from ..files import write_atomically
 from .cells import Cell, CellResult, file_stem
 from .collecting import CollectingEvaluator, Collection
 from .provenance import hardware, now, weights_checksum
@@ -191,7 +191,7 @@ class SharedPassJob(BenchmarkJob):
             metrics = collection.measure(model.scores())
         details = {
             "weights_sha256": weights_checksum(model),
-            "clip_fingerprint": model.model.backbone.fingerprint,
+            "clip_digest": model.model.backbone.digest,
             "adapters": model.preparation.provenance.to_dict(),
         }
         found = _results(self.cells, metrics, collection, details, started)

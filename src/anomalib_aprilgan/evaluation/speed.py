@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.console import Console
 
-from ..clip.backbone import ClipArchitecture, ClipBackbone, random_weights
+from ..clip.architecture import ClipArchitecture
+from ..clip.backbone import ClipBackbone, random_weights
 from ..clip.prompts import PromptEnsemble
 from ..network.adapters import LinearAdapters
 from ..network.model import AprilGANModel

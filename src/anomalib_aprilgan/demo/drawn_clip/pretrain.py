@@ -24,10 +24,11 @@ from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from ...clip.backbone import ClipArchitecture, ClipBackbone
+from ...clip.architecture import ClipArchitecture
+from ...clip.backbone import ClipBackbone
 from ...clip.prompts import PromptEnsemble
-from ...clip.weights import write_atomically
 from ...data.pre_processing import CLIP_MEAN, CLIP_STD
+from ...files import write_atomically
 from ...network.scoring import text_probability
 from .. import built_in
 from ..drawing import CATEGORIES, DEFECTS, INVENTIONS

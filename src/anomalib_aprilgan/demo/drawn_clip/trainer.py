@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import normalize
 
-from ...clip.backbone import ClipArchitecture, ClipBackbone, VisionOutput, random_weights
+from ...clip.architecture import ClipArchitecture
+from ...clip.backbone import ClipBackbone, VisionOutput, random_weights
 from ...data.pre_processing import CLIP_MEAN, CLIP_STD
 from ...network.scoring import TEMPERATURE, text_logits
 from ..drawing import INVENTIONS

@@ -1,0 +1,129 @@
+"""What this package needs of open_clip, as plain functions; no other module imports open_clip.
+
+The import waits for the first call, because it takes seconds. Supported are 2.24 to 3.x.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import open_clip
+
+
+def model_names() -> list[str]:
+    """Names of all architectures."""
+    import open_clip
+
+    return list(open_clip.list_models())
+
+
+def model_config(name: str) -> dict[str, Any] | None:
+    """A copy of an architecture's configuration; ``None`` for an unknown name."""
+    import open_clip
+
+    config: dict[str, Any] | None = open_clip.get_model_config(name)
+    return copy.deepcopy(config)
+
+
+def pretrained_tags(name: str) -> list[str]:
+    """Tags of published weights of an architecture."""
+    import open_clip
+
+    return list(open_clip.list_pretrained_tags_by_model(name))
+
+
+def pretrained_config(name: str, tag: str) -> dict[str, Any]:
+    """Where the weights of a tag lie and which image statistics they want; empty for an unknown tag."""
+    import open_clip
+
+    return dict(open_clip.get_pretrained_cfg(name, tag))
+
+
+def build_clip(name: str, config: dict[str, Any]) -> open_clip.CLIP:
+    """The model of a configuration, with random weights; a ValueError names an entry that is unknown here."""
+    import open_clip
+
+    try:
+        return open_clip.CLIP(**copy.deepcopy(config))
+    except TypeError as error:
+        msg = f"`backbone`: open_clip {version('open_clip_torch')} cannot build {name}: {error}"
+        raise ValueError(msg) from error
+
+
+def load_weights(clip: open_clip.CLIP, state_dict: dict[str, Tensor]) -> None:
+    """Load weights in fp32 into a model whose image size may be another one.
+
+    The positional embedding is resized as the authors do it: bicubic, antialiased, class token untouched.
+
+    Raises:
+        RuntimeError: Names or shapes differ.
+        KeyError: The positional embedding is missing.
+    """
+    from open_clip.model import resize_pos_embed
+
+    resized = dict(state_dict)
+    resize_pos_embed(resized, clip)
+    clip.load_state_dict(resized)
+
+
+@lru_cache
+def tokenizer(
+    hub_name: str | None, context_length: int, options: str
+) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
+    """CLIP's own tokenizer, or one from the Hugging Face hub; its further options come as JSON."""
+    import open_clip
+
+    if hub_name:
+        return open_clip.HFTokenizer(hub_name, context_length=context_length, **json.loads(options))
+    return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
+
+
+def run_vision(
+    visual: open_clip.transformer.VisionTransformer, images: Tensor, stages: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Patch tokens ``(B, L, C)`` after every tapped block, counted from 1, and the image feature ``(B, D)``."""
+    if not hasattr(visual, "forward_intermediates"):
+        return _run_vision_of_version_2(visual, images, stages)
+    output = visual.forward_intermediates(
+        images, indices=[stage - 1 for stage in stages], output_fmt="NLC", normalize_intermediates=False
+    )
+    return output["image_intermediates"], output["image_features"]
+
+
+def _run_vision_of_version_2(
+    visual: open_clip.transformer.VisionTransformer, images: Tensor, stages: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """The same for open_clip 2, which has no such function."""
+    patches = visual.conv1(images).flatten(2).transpose(1, 2)
+    class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+    stream = torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+    stream = visual.ln_pre(visual.patch_dropout(stream))
+    batch_first = getattr(visual.transformer, "batch_first", False)  # 2.24 has no such choice: (L, B, C)
+    stream = stream if batch_first else stream.transpose(0, 1)
+    tokens = []
+    for stage, block in enumerate(visual.transformer.resblocks, start=1):
+        stream = block(stream)
+        if stage in stages:
+            tokens.append((stream if batch_first else stream.transpose(0, 1))[:, 1:])
+    stream = stream if batch_first else stream.transpose(0, 1)
+    pool = visual._global_pool  # noqa: SLF001  # what its own forward calls
+    pooled = visual.ln_post(pool(stream)[0]) if visual.final_ln_after_pool else pool(visual.ln_post(stream))[0]
+    return tokens, pooled @ visual.proj
+
+
+def run_text_blocks(text: open_clip.CLIP, embedded: Tensor, mask: Tensor | None) -> Tensor:
+    """Embedded tokens ``(B, L, C)`` after all blocks of the text tower."""
+    if hasattr(text.transformer, "batch_first"):
+        stream: Tensor = text.transformer(embedded, attn_mask=mask)
+    else:  # 2.24 wants (L, B, C)
+        stream = text.transformer(embedded.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+    return stream

@@ -1,0 +1,177 @@
+"""Weight files, read without running anything that they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# The buffers of an OpenAI archive that are no weights.
+_ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
+_NUMBERS = {f"{name}Storage": name.lower() for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Bool")}
+
+
+def read_state_dict(
+    path: Path, argument: str, nested_under: str = "state_dict", *, torchscript: bool = False
+) -> dict[str, Tensor]:
+    """Tensors of a weight file: safetensors, a torch file (``weights_only``) or OpenAI's TorchScript archive.
+
+    Args:
+        path: The file.
+        argument: Name of the user's argument, for the error.
+        nested_under: Key under which the tensors may lie.
+        torchscript: Whether a TorchScript archive is accepted. Its tensors are read; its code never runs.
+
+    Returns:
+        Names and tensors on the CPU; the nesting and a ``module.`` prefix are taken off.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or holds something else or values that are not finite.
+    """
+    if not path.is_file():
+        msg = f"`{argument}`: no weight file {path}."
+        raise FileNotFoundError(msg)
+    is_archive = _is_torchscript(path)
+    if is_archive and not torchscript:
+        msg = f"`{argument}`: {path} is a TorchScript archive; pass a .pth or .safetensors file of tensors."
+        raise ValueError(msg)
+    try:
+        content: Any = _read_archive(path) if is_archive else _read_tensors(path)
+    except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        msg = (
+            f"`{argument}`: {path} ({path.stat().st_size} bytes) cannot be read: is it complete, and are these "
+            f"weights (.safetensors, .pt, .pth)? The reader says: {reason}"
+        )
+        raise ValueError(msg) from error
+    if isinstance(content, dict) and isinstance(content.get(nested_under), dict):
+        content = content[nested_under]
+    is_mapping = isinstance(content, dict) and content
+    if not is_mapping or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        msg = f"`{argument}`: {path} holds no plain mapping of names to tensors."
+        raise ValueError(msg)
+    not_finite = [name for name, value in content.items() if not value.isfinite().all()]
+    if not_finite:
+        msg = f"`{argument}`: {path} must hold finite weights, got NaN or infinity in {', '.join(not_finite[:5])}."
+        raise ValueError(msg)
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name.removeprefix(prefix): value for name, value in content.items()}
+
+
+def digest_of(state_dict: dict[str, Tensor]) -> str:
+    """Hash over the names, shapes and values of all tensors: 32 hexadecimal digits.
+
+    Values count as fp32, so a file in half precision and its copy in fp32 have one digest. Order does not count.
+    """
+
+    def hash_tensor(name: str) -> bytes:
+        value = state_dict[name].detach().float().cpu()
+        digest = hashlib.blake2b(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        digests = pool.map(hash_tensor, sorted(state_dict))
+        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _read_tensors(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+class _Module:
+    """Stands for a module of an archive: its attributes without its code."""
+
+    class_name = ""
+    attributes: dict[str, object]
+
+    def __setstate__(self, attributes: dict[str, object]) -> None:
+        self.attributes = attributes
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Builds tensors, and a :class:`_Module` for every module, whatever the pickle asks for."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(archive.open(f"{folder}/data.pkl"))
+        self.archive, self.folder = archive, folder
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> object:
+        """What stands for a name of the pickle.
+
+        Functions are made anew at every call, because a pickle can set attributes of what it gets.
+
+        Raises:
+            UnpicklingError: The name is none of the few that tensors and modules need.
+        """
+        if module.partition(".")[0] == "__torch__":
+            return type(name, (_Module,), {"class_name": f"{module}.{name}"})
+        if module == "torch" and name in _NUMBERS:
+            return getattr(torch, _NUMBERS[name])
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch.jit._pickle":  # lists and dictionaries with their types
+            return lambda value, *_: value
+        msg = f"the archive asks for {module}.{name}"
+        raise pickle.UnpicklingError(msg)
+
+    def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> Tensor:
+        """The numbers of a storage, flat."""
+        _, dtype, key, _, count = pid
+        if key not in self.storages:
+            raw = bytearray(self.archive.read(f"{self.folder}/data/{key}"))
+            flat = torch.frombuffer(raw, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+            self.storages[key] = flat
+        return self.storages[key]
+
+
+def _read_archive(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of a TorchScript archive, as ``torch.jit.load(path).state_dict()`` has them."""
+    with zipfile.ZipFile(path) as archive:
+        folder = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).partition("/")[0]
+        declared = _declared_tensors(archive, f"{folder}/code/")
+        root = _ArchiveUnpickler(archive, folder).load()
+
+    def collect(module: _Module, prefix: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, value in module.attributes.items():
+            if isinstance(value, _Module):
+                tensors |= collect(value, f"{prefix}{name}.")
+            elif isinstance(value, Tensor) and name in declared[module.class_name]:
+                tensors[prefix + name] = value
+        return tensors
+
+    return {name: value for name, value in collect(root, "").items() if name not in _ARCHIVE_CONSTANTS}
+
+
+def _declared_tensors(archive: zipfile.ZipFile, folder: str) -> dict[str, set[str]]:
+    """Names of the parameters and buffers of every class, from the text of the archive's code."""
+    declared = {}
+    for path in archive.namelist():
+        if path.startswith(folder) and path.endswith(".py"):
+            module = path.removeprefix(folder).removesuffix(".py").replace("/", ".")
+            for text in re.split(r"^class ", archive.read(path).decode(), flags=re.MULTILINE)[1:]:
+                lists = re.findall(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", text, flags=re.MULTILINE)
+                declared[f"{module}.{text.partition('(')[0]}"] = set(re.findall(r'"([^"]+)"', " ".join(lists)))
+    return declared
