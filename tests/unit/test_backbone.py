@@ -150,6 +150,12 @@ class TestVision:
             assert torch.equal(alone.patch_tokens[0], together.patch_tokens[number])
             assert torch.equal(alone.image_feature, together.image_feature)
 
+    def test_image_feature_alone(self, backbone: Callable[..., ClipBackbone]) -> None:
+        clip, batch = backbone(), images(2, 3, 64, 64)
+        output = clip(batch, [])
+        assert output.patch_tokens == []
+        assert torch.equal(output.image_feature, clip(batch, [4]).image_feature)
+
     def test_image_feature_and_last_stage_are_open_clips(self, backbone: Callable[..., ClipBackbone]) -> None:
         """Against open_clip's own forward, and its last block before normalisation and projection."""
         clip, batch = backbone(), images(2, 3, 64, 64)

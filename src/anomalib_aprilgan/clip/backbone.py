@@ -92,7 +92,7 @@ class ClipBackbone(nn.Module):
 
         Args:
             images: ``(B, 3, H, W)``, resized and normalised.
-            stages: Blocks to tap, counted from 1, in ascending order; at least one.
+            stages: Blocks to tap, counted from 1, in ascending order; none for the image feature alone.
 
         Returns:
             Patch tokens and image feature.

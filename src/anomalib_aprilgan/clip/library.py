@@ -91,6 +91,8 @@ def run_vision(
     visual: open_clip.transformer.VisionTransformer, images: Tensor, stages: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
     """Patch tokens ``(B, L, C)`` after every tapped block, counted from 1, and the image feature ``(B, D)``."""
+    if not stages:  # forward_intermediates wants one at least
+        return [], visual(images)
     if not hasattr(visual, "forward_intermediates"):
         return _run_vision_of_version_2(visual, images, stages)
     output = visual.forward_intermediates(
