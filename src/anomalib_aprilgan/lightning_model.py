@@ -36,7 +36,7 @@ from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, HeldOut
 from .network.tiling import check_tiles, run_tiled
 from .preparation import Preparation
-from .ranks import told_by_all
+from .distributed import all_gather_object
 from .results.evaluator import ClassEvaluator
 from .results.table import DecisionsWriter
 from .results.visualizer import AprilGANVisualizer
@@ -319,7 +319,7 @@ class AprilGAN(AnomalibModule):
 
     def on_train_epoch_end(self) -> None:
         """Refuse loaders without a defect, which only show it in passing."""
-        self._saw_defect = any(told_by_all(self._saw_defect))
+        self._saw_defect = any(all_gather_object(self._saw_defect))
         if not self._saw_defect:
             self._refuse_normal_data()
 
