@@ -17,8 +17,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from ..class_rows import PREDICTIONS, class_index_of, part_of, rows_by_class
-from ..network.scoring import fused_score, map_statistic
 from ..distributed import align_metrics
+from ..network.scoring import fused_score, map_statistic
 
 # Share of the scale at either end that is kept for values beyond the bounds.
 TAIL = 1e-3
