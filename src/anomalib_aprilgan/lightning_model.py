@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
@@ -31,13 +32,14 @@ from .data.pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .data.reading_hooks import read_data_of, unreadable_files
 from .decision.calibration import Calibration
 from .decision.post_processing import AprilGANPostProcessor
+from .distributed import all_gather_object
 from .export import of_one_class, without_text_tower
 from .network.adapters import LinearAdapters
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, HeldOut
 from .network.tiling import check_tiles, run_tiled
 from .preparation import Preparation
-from .ranks import told_by_all
+from .results.callback import put_post_processor_first
 from .results.evaluator import ClassEvaluator
 from .results.table import DecisionsWriter
 from .results.visualizer import AprilGANVisualizer
@@ -300,6 +302,7 @@ class AprilGAN(AnomalibModule):
         if self._trainer is None:
             self._prepare(stage)
         else:
+            put_post_processor_first(self.trainer)
             read_data_of(self.trainer, stage)  # before Lightning starts the loaders' workers
 
     def on_fit_start(self) -> None:
@@ -320,7 +323,7 @@ class AprilGAN(AnomalibModule):
 
     def on_train_epoch_end(self) -> None:
         """Refuse loaders without a defect, which only show it in passing."""
-        self._saw_defect = any(told_by_all(self._saw_defect))
+        self._saw_defect = any(all_gather_object(self._saw_defect))
         if not self._saw_defect:
             self._refuse_normal_data()
 
@@ -545,8 +548,9 @@ class AprilGAN(AnomalibModule):
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
         return loss
 
-    def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
+    def validation_step(self, batch: ImageBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Predictions, from which the post-processor learns; while fitting also the loss, to be monitored."""
+        del batch_idx, dataloader_idx
         if not self._fitting:
             return self._predictions(batch)
         predictions, probabilities = self.model.infer(_plain(batch.image), self._class_index(batch, note=True))
@@ -557,17 +561,29 @@ class AprilGAN(AnomalibModule):
         return cast("STEP_OUTPUT", batch.update(**predictions._asdict()))
 
     # Lightning leaves out the arguments that a step does not declare.
-    def test_step(self, batch: ImageBatch) -> STEP_OUTPUT:  # type: ignore[override]
+    def test_step(self, batch: ImageBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:  # type: ignore[override]
         """Predictions."""
+        del batch_idx, dataloader_idx
         return self._predictions(batch)
 
-    def predict_step(self, batch: ImageBatch) -> STEP_OUTPUT:  # type: ignore[override]
+    def predict_step(self, batch: ImageBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:  # type: ignore[override]
         """Predictions."""
+        del batch_idx, dataloader_idx
         return self._predictions(batch)
 
     def _predictions(self, batch: ImageBatch) -> STEP_OUTPUT:
         predictions = self._infer(_plain(batch.image), self._class_index(batch, note=True))
         return cast("STEP_OUTPUT", batch.update(**predictions._asdict()))
+
+    @property
+    def classes(self) -> SimpleNamespace:
+        """The classes of the model."""
+        return SimpleNamespace(names=self.model.class_names)
+
+    def rows_of(self, batch: ImageBatch) -> Tensor:
+        """``(B,)`` the class of every image."""
+        index = self._class_index(batch)
+        return torch.zeros(batch.batch_size, dtype=torch.long) if index is None else index
 
     def _class_index(self, batch: ImageBatch, *, note: bool = False) -> Tensor | None:
         """Row of the class of every image; ``note`` leaves it on the batch, for thresholds and metrics by class."""

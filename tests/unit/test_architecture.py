@@ -10,7 +10,7 @@ import anomalib_aprilgan
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
 # Layers from the ground up: a room imports from its own layer and lower ones.
 LAYERS = [
-    ("class_names", "class_rows", "files", "ranks"),
+    ("class_names", "class_rows", "distributed", "files"),
     ("clip",),
     ("network", "data", "decision"),
     ("arguments", "preparation", "checkpoint", "export", "results"),

@@ -26,8 +26,8 @@ def row(path: str, score: str = "0.5") -> Row:
     return Row(path, "nut", score, "good", "")
 
 
-def module_of(*class_names: str) -> Any:
-    return SimpleNamespace(model=SimpleNamespace(class_names=class_names))
+def module_of(*class_names: str, rows: Any = ()) -> Any:
+    return SimpleNamespace(classes=SimpleNamespace(names=class_names), rows_of=lambda _: torch.tensor(rows))
 
 
 def trainer_of(folder: Path, **options: Any) -> Any:
@@ -51,7 +51,7 @@ def batch_of(*names: str, batch_class: Any = ImageBatch, **fields: Any) -> Any:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    """A folder of three pictures and a broken one."""
+    """A folder of three images and a broken one."""
     folder = tmp_path / "parts"
     folder.mkdir()
     for name in ("a", "c", "d"):
@@ -90,8 +90,7 @@ def test_scores_come_back_to_the_last_bit(tmp_path: Path) -> None:
 def test_the_class_is_the_one_the_model_judged_by(tmp_path: Path) -> None:
     scores = torch.tensor([0.25, 0.5])
     batch = batch_of("x.png", "y.png", pred_score=scores)
-    batch.class_index = torch.tensor([1, 0])
-    several = table_of(tmp_path, batch, module=module_of("nut", "tile"))
+    several = table_of(tmp_path, batch, module=module_of("nut", "tile", rows=[1, 0]))
     assert several[1:] == ["x.png,tile,0.25,,", "y.png,nut,0.5,,"]
     told = batch_of("x.png", "y.png", batch_class=ClassImageBatch, class_name=["p", "q"], pred_score=scores)
     assert table_of(tmp_path, told)[1:] == ["x.png,p,0.25,,", "y.png,q,0.5,,"]

@@ -1,4 +1,4 @@
-"""Pictures of results: one colour range for all, the outline where the threshold is, every file its own name."""
+"""Drawings of results: one colour range for all, the outline where the threshold is, every file its own name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
 from anomalib.visualization import Visualizer
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset
@@ -18,14 +19,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from anomalib_aprilgan.data.listing import listed_files
 from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
-from anomalib_aprilgan.results.visualizer import (
-    CONTOUR_COLOUR,
-    TRUTH_COLOUR,
-    AprilGANVisualizer,
-    Result,
-    draw,
-    output_folders,
-)
+from anomalib_aprilgan.results.drawing import CONTOUR_COLOUR, TRUTH_COLOUR, Result, draw
+from anomalib_aprilgan.results.visualizer import AprilGANVisualizer, output_folders
 
 SIDE = 320  # of panels that are drawn as they are
 LEFT, TOP, GAP = 12, 84, 12  # where the first panel lies, and what lies between two
@@ -72,8 +67,8 @@ def batch_of(number: int = 1, **fields: Any) -> ImageBatch:
 
 
 def test_a_good_pixel_looks_the_same_whatever_the_rest_of_the_map_holds() -> None:
-    picture = torch.full((3, SIDE, SIDE), 0.5)
-    panels = [panel(draw(Result(picture, spot(height))), 1) for height in (0.1, 0.3, 0.6, 0.99)]
+    image = torch.full((3, SIDE, SIDE), 0.5)
+    panels = [panel(draw(Result(image, spot(height))), 1) for height in (0.1, 0.3, 0.6, 0.99)]
     good = [shown[-1, -1].tolist() for shown in panels]
     assert all(pixel == good[0] for pixel in good)
     assert max(good[0]) < 64  # dark
@@ -86,10 +81,10 @@ def test_a_good_pixel_looks_the_same_whatever_the_rest_of_the_map_holds() -> Non
 
 def test_a_path_is_shown_as_seen_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    picture = torch.full((3, SIDE, SIDE), 0.5)
-    near = draw(Result(picture, spot(0.6), name=str(tmp_path / "parts" / "7.png")))
-    assert near == draw(Result(picture, spot(0.6), name="parts/7.png"))
-    assert near != draw(Result(picture, spot(0.6), name=str(tmp_path.parent / "7.png")))
+    image = torch.full((3, SIDE, SIDE), 0.5)
+    near = draw(Result(image, spot(0.6), name=str(tmp_path / "parts" / "7.png")))
+    assert near == draw(Result(image, spot(0.6), name="parts/7.png"))
+    assert near != draw(Result(image, spot(0.6), name=str(tmp_path.parent / "7.png")))
 
 
 def test_colours_of_the_map_are_those_of_the_bar() -> None:
@@ -118,18 +113,18 @@ def test_without_a_pixel_above_the_threshold_there_is_no_outline(height: float, 
 
 
 def test_the_ground_truth_has_a_panel_of_its_own() -> None:
-    picture = torch.full((3, SIDE, SIDE), 0.5)
+    image = torch.full((3, SIDE, SIDE), 0.5)
     truth = spot(1.0) > 0.5
-    drawing = draw(Result(picture, spot(0.2), truth=truth, pixel_threshold=0.5))
+    drawing = draw(Result(image, spot(0.2), truth=truth, pixel_threshold=0.5))
     assert not coloured(panel(drawing, 0), TRUTH_COLOUR).any()
     assert coloured(panel(drawing, 1), TRUTH_COLOUR)[79:81, 100:140].all()
     assert not coloured(panel(drawing, 2), TRUTH_COLOUR).any()
-    good = draw(Result(picture, spot(0.2), truth=torch.zeros(SIDE, SIDE)))
+    good = draw(Result(image, spot(0.2), truth=torch.zeros(SIDE, SIDE)))
     np.testing.assert_array_equal(panel(good, 1), panel(good, 0))
 
 
-def test_maps_of_any_size_lie_where_they_belong_on_pictures_of_any_shape() -> None:
-    values = torch.zeros(16, 16)  # a square map of an upright picture
+def test_maps_of_any_size_lie_where_they_belong_on_images_of_any_shape() -> None:
+    values = torch.zeros(16, 16)  # a square map of an upright image
     values[12:, :4] = 1.0
     shown = panel(draw(Result(torch.full((3, 640, 320), 0.5), values, pixel_threshold=0.5)), 1, (640, 320))
     rows, columns = np.nonzero(coloured(shown, CONTOUR_COLOUR))
@@ -137,14 +132,14 @@ def test_maps_of_any_size_lie_where_they_belong_on_pictures_of_any_shape() -> No
     assert abs(columns.max() - 80) <= 2
 
 
-def test_wide_pictures_lie_below_each_other() -> None:
+def test_wide_images_lie_below_each_other() -> None:
     drawing = draw(Result(torch.full((3, 200, 600), 0.5), torch.zeros(32, 32)))
     assert drawing.width < 750
     assert drawing.height > 500
     assert np.asarray(drawing)[TOP + 200 + 24 + GAP + 5, LEFT + 5].tolist() == [57, 57, 57]  # 0.45 * 128
 
 
-def test_large_pictures_are_drawn_small_and_keep_a_spot_of_one_pixel() -> None:
+def test_large_images_are_drawn_small_and_keep_a_spot_of_one_pixel() -> None:
     values = torch.zeros(3000, 2400)
     values[1501, 1201] = 0.9
     truth = values > 0.5
@@ -156,14 +151,14 @@ def test_large_pictures_are_drawn_small_and_keep_a_spot_of_one_pixel() -> None:
         assert abs(columns.mean() - 120) <= 1
 
 
-def test_small_pictures_are_enlarged_and_keep_their_values() -> None:
-    picture = torch.tensor([[0.0, 1.0], [0.2, 0.6]]).repeat(3, 1, 1)
-    shown = panel(draw(Result(picture)))
+def test_small_images_are_enlarged_and_keep_their_values() -> None:
+    image = torch.tensor([[0.0, 1.0], [0.2, 0.6]]).repeat(3, 1, 1)
+    shown = panel(draw(Result(image)))
     assert [shown[row, column, 0] for row in (0, -1) for column in (0, -1)] == [0, 255, 51, 153]
     assert set(shown.flatten().tolist()) == {0, 255, 51, 153}
 
 
-def test_without_map_score_and_decision_the_picture_is_still_drawn() -> None:
+def test_without_map_score_and_decision_the_image_is_still_drawn() -> None:
     pixels = torch.randint(256, (3, SIDE, SIDE))
     drawing = draw(Result(pixels / 255, name="x" * 500))
     np.testing.assert_array_equal(panel(drawing), pixels.permute(1, 2, 0).numpy())
@@ -171,24 +166,24 @@ def test_without_map_score_and_decision_the_picture_is_still_drawn() -> None:
 
 
 def test_the_decision_has_its_colour() -> None:
-    picture = torch.rand(3, SIDE, SIDE)
+    image = torch.rand(3, SIDE, SIDE)
     chips = [
-        draw(Result(picture, score=0.7, is_anomalous=said, image_threshold=0.5)).getpixel((16, 22))
+        draw(Result(image, score=0.7, is_anomalous=said, image_threshold=0.5)).getpixel((16, 22))
         for said in (True, False, None)
     ]
     assert chips == [(200, 40, 40), (30, 130, 60), (90, 90, 90)]
 
 
 def test_a_raw_map_is_drawn_as_the_end_of_the_range() -> None:
-    picture = torch.rand(3, SIDE, SIDE)
-    raw, scaled = (draw(Result(picture, torch.full((SIDE, SIDE), value))) for value in (3.7, 1.0))
+    image = torch.rand(3, SIDE, SIDE)
+    raw, scaled = (draw(Result(image, torch.full((SIDE, SIDE), value))) for value in (3.7, 1.0))
     np.testing.assert_array_equal(panel(raw, 1), panel(scaled, 1))
     assert raw != scaled  # the text below says so
 
 
 def test_a_map_in_half_precision_is_drawn() -> None:
-    picture = torch.rand(3, SIDE, SIDE)
-    whole, half = (draw(Result(picture, spot(0.75).to(dtype))) for dtype in (torch.float32, torch.bfloat16))
+    image = torch.rand(3, SIDE, SIDE)
+    whole, half = (draw(Result(image, spot(0.75).to(dtype))) for dtype in (torch.float32, torch.bfloat16))
     np.testing.assert_allclose(panel(half, 1).astype(int), panel(whole, 1).astype(int), atol=3)
 
 
@@ -200,7 +195,7 @@ def test_a_panel_too_small_to_see_is_refused() -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_16_bit_picture_looks_like_its_8_bit_twin(tmp_path: Path) -> None:
+def test_a_16_bit_image_looks_like_its_8_bit_twin(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "eight.png")
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
@@ -248,9 +243,9 @@ def test_folders_are_those_of_anomalib_as_long_as_they_differ() -> None:
 
 
 def test_images_without_a_path_are_numbered_and_drawn_as_they_were(tmp_path: Path) -> None:
-    picture = torch.full((2, 3, 32, 32), 0.4)
+    image = torch.full((2, 3, 32, 32), 0.4)
     pre_processor = AprilGANPreProcessor((32, 32))
-    batch = batch_of(2, image=pre_processor(picture))
+    batch = batch_of(2, image=pre_processor(image))
     visualizer = AprilGANVisualizer(output_dir=tmp_path / "elsewhere")
     trainer = trainer_of(tmp_path, world_size=2, global_rank=1)
     for _ in range(2):
@@ -281,6 +276,27 @@ def test_the_outline_follows_the_sensitivity(tmp_path: Path, sensitivity: float)
     AprilGANVisualizer().on_predict_batch_end(trainer_of(tmp_path), module_of(post_processor), batch, batch, 0)
     shown = panel(Image.open(tmp_path / "images" / "000000.png"), 1)
     assert coloured(shown, CONTOUR_COLOUR).any() == (sensitivity == 0.5)  # 0.7 is below 1 - 0.2
+
+
+class ThresholdsOfTwoClasses(PostProcessor):
+    normalized_image_threshold = torch.tensor([0.25, 0.75])
+    normalized_pixel_threshold = torch.tensor([0.5, 0.8])
+
+
+def test_the_outline_of_an_image_is_at_the_threshold_of_its_class(tmp_path: Path) -> None:
+    module = module_of(ThresholdsOfTwoClasses())
+    module.rows_of = lambda _: torch.tensor([1, 0])
+    results: list[Result] = []
+    visualizer = AprilGANVisualizer()
+    visualizer.visualize = lambda result: results.append(result) or draw(result)
+    batch = batch_of(2, anomaly_map=spot(0.7).expand(2, -1, -1))
+    visualizer.on_test_batch_end(trainer_of(tmp_path), module, batch, batch, 0)
+    assert [result.image_threshold for result in results] == [0.75, 0.25]
+    outlined = [
+        coloured(panel(Image.open(tmp_path / "images" / f"00000{number}.png"), 1), CONTOUR_COLOUR).any()
+        for number in range(2)
+    ]
+    assert outlined == [False, True]
 
 
 def test_files_of_all_kinds_of_data_are_listed(tmp_path: Path) -> None:

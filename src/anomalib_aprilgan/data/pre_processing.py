@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 from torchvision.tv_tensors import Mask, wrap
@@ -78,6 +80,13 @@ class AprilGANPreProcessor(PreProcessor):
         self.std: Tensor
         # anomalib would export a copy of the transform with antialiasing switched off.
         self.export_transform = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch[Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """anomalib's, which does not accept the number that Lightning passes where there are several loaders."""
+        del dataloader_idx
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
 
     def forward(self, batch: Tensor) -> Tensor:
         """The transform, for images without masks: used by ``AprilGAN.forward`` and every export.

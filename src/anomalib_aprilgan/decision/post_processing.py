@@ -17,8 +17,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from ..class_rows import PREDICTIONS, class_index_of, part_of, rows_by_class
+from ..distributed import align_metrics
 from ..network.scoring import fused_score, map_statistic
-from ..ranks import even_out
 
 # Share of the scale at either end that is kept for values beyond the bounds.
 TAIL = 1e-3
@@ -263,7 +263,7 @@ class AprilGANPostProcessor(PostProcessor):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn bounds and thresholds, those of every class from the images of all processes."""
-        even_out([self])
+        align_metrics([self])
         for number in range(len(self.by_class)):
             self.of_class(number)._learn(trainer, pl_module)  # noqa: SLF001  # one of its own kind
         self._learn(trainer, pl_module)

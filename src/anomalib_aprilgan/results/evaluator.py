@@ -1,81 +1,93 @@
-"""Metrics of a model of several classes: one of each per class, and their mean."""
+"""Metrics of a test: for several classes one of each per class, and their mean."""
 
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from ..class_rows import TRUTHS, class_index_of, part_of, rows_by_class
-from ..ranks import even_out, told_by_all
+from ..distributed import align_metrics, all_gather_object
+from .callback import names_of, rows_of
+
+_GROUND_TRUTH = ("gt_label", "gt_mask")
 
 
 class ClassEvaluator(Evaluator):
-    """anomalib's evaluator; where batches tell classes, test metrics are taken class by class.
+    """anomalib's evaluator, whose test metrics are computed class by class where the model knows several.
 
-    The metric of a class is logged as ``image_AUROC/nut``, their mean as ``image_AUROC``: figures of one
-    class are comparable, scores of different classes are not, so that is how benchmarks are averaged.
-    A class for which a metric does not exist (no defects, no masks) has none, and does not count in the mean.
-    Several processes count their images together, also those of a class that not all of them see.
+    The metric of a class is logged as ``image_AUROC/nut`` and the mean over the classes as ``image_AUROC``. Benchmarks
+    are averaged like this, because scores of different classes cannot be compared. A class whose images do not define
+    a metric (no defects, no masks) has no value of it and does not count in the mean.
+    Images of all loaders count together, and so do those of all processes, also of a class that some do not see.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # anomalib's arguments
-        super().__init__(*args, **kwargs)
-        self._of_class: dict[str, list[Any]] = {}
-        self._seen: dict[tuple[str, str], set[int]] = {}
+    _by_row: dict[int, list[Any]]  # copies of the test metrics, for every class that occurred
+    _truth: set[tuple[int, str, int]]  # row, field and value of the ground truth that occurred
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # anomalib's signature
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start with fresh metrics."""
+        del trainer, pl_module
+        self._by_row, self._truth = {}, set()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT | None,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Update the metrics of the classes in the batch."""
-        batch = kwargs.get("batch", args[1] if len(args) > 1 else None)
-        class_index = class_index_of(batch)
-        if class_index is None:
-            super().on_test_batch_end(trainer, pl_module, *args, **kwargs)
-            return
-        names: tuple[str, ...] = pl_module.model.class_names  # type: ignore[assignment, union-attr]
-        for number, rows in rows_by_class(class_index):
-            part = part_of(batch, rows)
-            for truth in TRUTHS:
-                values = getattr(part, truth)
-                present = set() if values is None else set(values.int().unique().tolist())
-                self._seen[names[number], truth] = self._seen.get((names[number], truth), set()) | present
-            for metric in self._metrics_of(names[number], class_index.device):
-                metric.update(part)
+        del trainer, outputs, batch_idx, dataloader_idx
+        rows = rows_of(pl_module, batch)
+        for row in sorted(set(rows.tolist())):
+            metrics = self._metrics_of_row(row, pl_module.device)
+            values = {field: getattr(batch, field, None) for metric in metrics for field in metric.fields}
+            part = {field: None if value is None else value[rows == row] for field, value in values.items()}
+            for field in _GROUND_TRUTH:
+                if (truth := part.get(field)) is not None:
+                    self._truth |= {(row, field, value) for value in truth.int().unique().tolist()}
+            for metric in metrics:
+                metric.update(SimpleNamespace(**part))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log every class and the means."""
-        seen: dict[tuple[str, str], set[int]] = {}
-        for of_rank in told_by_all(self._seen):
-            for key, present in of_rank.items():
-                seen[key] = seen.get(key, set()) | present
-        if not seen:
-            even_out(self.test_metrics)
-            super().on_test_epoch_end(trainer, pl_module)
-            return
-        known: tuple[str, ...] = pl_module.model.class_names  # type: ignore[assignment, union-attr]
-        names = [name for name in known if (name, TRUTHS[0]) in seen]  # in the same order everywhere
-        of_class = {name: self._metrics_of(name, pl_module.device) for name in names}
-        even_out(metric for metrics in of_class.values() for metric in metrics)
-        templates: list[Any] = list(self.test_metrics)
-        for number, template in enumerate(templates):
-            values: list[Tensor] = []
-            for name, metrics in of_class.items():
-                metric = metrics[number]
-                # torchmetrics says 0 where there is nothing to tell apart.
-                if all(len(seen[name, truth]) == 2 for truth in TRUTHS if truth in metric.fields):
-                    values.append(metric.compute())
-                    pl_module.log(f"{template.name}/{name}", values[-1], sync_dist=True)  # equal already
+        """Log the metrics of every class and their means."""
+        names = names_of(pl_module)
+        by_rank = all_gather_object((set(self._by_row), self._truth))
+        rows = sorted({row for of_rank, _ in by_rank for row in of_rank})  # in the same order in all processes
+        truth = {entry for _, of_rank in by_rank for entry in of_rank}
+        by_row = [self._metrics_of_row(row, pl_module.device) for row in rows]
+        align_metrics(metric for metrics in by_row for metric in metrics)
+        logged: dict[str, Tensor] = {}
+        for metrics in zip(*by_row, strict=True):
+            name, fields = metrics[0].name, [field for field in _GROUND_TRUTH if field in metrics[0].fields]
+            # torchmetrics returns 0 where there is nothing to tell apart.
+            values = {
+                row: metric.compute()
+                for row, metric in zip(rows, metrics, strict=True)
+                if metric.update_called
+                and (len(names) <= 1 or all({(row, field, 0), (row, field, 1)} <= truth for field in fields))
+            }
             if values:
-                pl_module.log(str(template.name), torch.stack(values).mean(), sync_dist=True)
-        self._of_class, self._seen = {}, {}
+                logged[name] = torch.stack(list(values.values())).float().mean()
+            if len(names) > 1:
+                logged |= {f"{name}/{names[row]}": value for row, value in values.items()}
+        for name, value in logged.items():
+            if trainer.barebones:  # Lightning logs nothing then; anomalib's evaluator stores its metrics so, too
+                trainer.callback_metrics[name] = trainer.logged_metrics[name] = value
+            else:  # never as a metric: Lightning keeps the kind of a name as long as the trainer
+                pl_module.log(name, value, sync_dist=True)
+        self._by_row.clear()
 
-    def _metrics_of(self, name: str, device: torch.device) -> list[Any]:
-        if name not in self._of_class:
-            fresh: list[Any] = list(copy.deepcopy(self.test_metrics).to(device))
-            for metric in fresh:
-                metric.reset()
-            self._of_class[name] = fresh
-        return self._of_class[name]
+    def _metrics_of_row(self, row: int, device: torch.device) -> list[Any]:
+        if row not in self._by_row:
+            self._by_row[row] = list(copy.deepcopy(self.test_metrics).to(device))
+        return self._by_row[row]

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other before they gather metrics."""
+"""What the processes of one run exchange with each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchmetrics import Metric
 T = TypeVar("T")
 
 
-def told_by_all(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The value of every process, in the order of their ranks; of this one alone where there are no others.
 
     All processes must call this. Values are pickled, and should be small.
@@ -25,30 +25,30 @@ def told_by_all(value: T) -> list[T]:
     return values
 
 
-def even_out(modules: Iterable[nn.Module]) -> None:
-    """Have each metric, in place, computed by all processes or by none.
+def align_metrics(modules: Iterable[nn.Module]) -> None:
+    """Make each metric, in place, computable by all processes or by none.
 
-    ``compute`` gathers from all processes. Where one has seen nothing of what a metric is about, it would stay away and
-    the others would wait for it, or take for its part what it sends for the next metric. Here it learns from the others
-    what their states look like, and takes part with empty ones.
+    ``compute`` gathers states from all processes. A process whose metric was never updated would skip it: the others
+    would wait for it, or receive the states of its next metric. Here such a metric gets empty states of the type and
+    shape that the other processes have, and takes part in ``compute``.
 
     Args:
         modules: Metrics, or modules that hold some, the same in all processes.
     """
     metrics = [part for module in modules for part in module.modules() if isinstance(part, Metric)]
-    described = zip(*told_by_all([_description(metric) for metric in metrics]), strict=True)
-    for metric, told in zip(metrics, described, strict=True):
-        if not any(is_updated for is_updated, _ in told):
+    by_metric = zip(*all_gather_object([_list_states(metric) for metric in metrics]), strict=True)
+    for metric, by_rank in zip(metrics, by_metric, strict=True):
+        if not any(is_updated for is_updated, _ in by_rank):
             continue
         if not metric.update_called:
             metric._update_count, metric._computed = 1, None  # noqa: SLF001  # `update` would need data
-        for name, (dtype, shape) in {name: entry for _, states in told for name, entry in states.items()}.items():
+        for name, (dtype, shape) in {name: entry for _, states in by_rank for name, entry in states.items()}.items():
             values = getattr(metric, name)
             if not values:
                 values.append(torch.empty((0, *shape), dtype=dtype, device=metric.device))
 
 
-def _description(metric: Metric) -> tuple[bool, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def _list_states(metric: Metric) -> tuple[bool, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Whether it was updated, and the type and shape of the entries of its states that are lists and not empty."""
     states = {name: values for name, values in metric.metric_state.items() if isinstance(values, list) and values}
     return metric.update_called, {

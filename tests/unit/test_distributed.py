@@ -1,4 +1,4 @@
-"""What processes tell each other, with the others played by a list."""
+"""What processes exchange, with the others played by a list."""
 
 from typing import Any
 
@@ -7,9 +7,8 @@ import torch
 from anomalib.metrics import AUPRO, AUROC, F1Max
 from torch import nn
 
-from anomalib_aprilgan import ranks
-from anomalib_aprilgan.class_rows import part_of
-from anomalib_aprilgan.ranks import even_out, told_by_all
+from anomalib_aprilgan import distributed
+from anomalib_aprilgan.distributed import align_metrics, all_gather_object
 
 
 def metrics() -> nn.ModuleList:
@@ -25,16 +24,16 @@ class Images:
     gt_mask = (torch.rand(3, 6, 5) > 0.5).int()
 
 
-def test_one_process_tells_itself() -> None:
-    assert told_by_all({"a": 1}) == [{"a": 1}]
+def test_one_process_gathers_its_own_value() -> None:
+    assert all_gather_object({"a": 1}) == [{"a": 1}]
 
 
 def test_one_process_changes_nothing() -> None:
     updated, fresh = metrics(), metrics()
     for metric in updated:
-        metric.update(part_of(Images(), torch.arange(3)))
+        metric.update(Images())
     before = [metric.compute() for metric in updated]
-    even_out([updated, fresh])
+    align_metrics([updated, fresh])
     assert [metric.compute() for metric in updated] == before
     assert not any(metric.update_called for metric in fresh)
 
@@ -42,12 +41,12 @@ def test_one_process_changes_nothing() -> None:
 def test_a_process_without_images_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     busy, idle, unused = metrics(), metrics(), metrics()
     for metric in busy:
-        metric.update(part_of(Images(), torch.arange(3)))
-    told: list[Any] = []
-    monkeypatch.setattr(ranks, "told_by_all", lambda value: told.append(value) or [value])
-    even_out([busy, unused])
-    monkeypatch.setattr(ranks, "told_by_all", lambda value: [told[0], value])
-    even_out([idle, unused])
+        metric.update(Images())
+    gathered: list[Any] = []
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: gathered.append(value) or [value])
+    align_metrics([busy, unused])
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [gathered[0], value])
+    align_metrics([idle, unused])
     assert all(metric.update_called for metric in idle)
     assert not any(metric.update_called for metric in unused)
     inner = idle[1].precision_recall_curve
