@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from anomalib.pre_processing import PreProcessor
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 from torchvision.tv_tensors import Mask, wrap
 
 # CLIP's own statistics (open_clip.constants.OPENAI_DATASET_MEAN / _STD).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# How far values may lie outside [0, 1]: as far as rounding to 8 bits covers up, or as bicubic augmentations shoot over.
+_HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
@@ -28,7 +30,8 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no ty
     ``Resize`` because anomalib's datamodules look for one.
 
     Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as
-    floats on the 1/255 grid. Masks are set where above zero, resized bilinear and cut at one half.
+    floats on the 1/255 grid. What augmentations have shot over the range is cut; values far from it are an
+    error. Masks are set where above zero, resized bilinear and cut at one half.
 
     Args:
         size: Height and width of the result in pixels.
@@ -44,6 +47,7 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no ty
         if isinstance(inpt, Mask):
             return wrap(resize_mask(inpt.as_subclass(Tensor), (height, width)), like=inpt)
         if isinstance(inpt, Tensor):
+            _check_range(inpt, _OVERSHOOT)
             resized = resize_image(inpt.as_subclass(Tensor), (height, width))
             return wrap(resized, like=inpt) if type(inpt) is not Tensor else resized
         return super().transform(inpt, {})
@@ -96,24 +100,66 @@ class AprilGANPreProcessor(PreProcessor):
         return {"image_size": [height, width], "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice."""
-        height, width = config["image_size"]
-        mean, std = tuple(config["mean"]), tuple(config["std"])
-        restored = AprilGANPreProcessor((height, width), mean, std, tiled=self.tiled)
-        self.transform = restored.transform
-        self.image_size = restored.image_size
+        """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice.
+
+        Raises:
+            ValueError: ``config`` is something else; nothing has changed then.
+        """
+        try:
+            height, width = (int(side) for side in config["image_size"])
+            (red, green, blue), (red_std, green_std, blue_std) = config["mean"], config["std"]
+            mean, std = (red, green, blue), (red_std, green_std, blue_std)
+            restored = AprilGANPreProcessor((height, width), mean, std, tiled=self.tiled)
+        except (KeyError, TypeError, ValueError) as error:
+            msg = f"The checkpoint's pre-processor must have a size, three means and three deviations, got {config}."
+            raise ValueError(msg) from error
+        self.transform, self.image_size = restored.transform, restored.image_size
         self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
 
 
-def aspect_size(picture_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
-    """Image size that keeps the shape of a picture at the cost of a square one.
+def prepared(pre_processor: nn.Module | None, images: Tensor) -> Tensor:
+    """Images as the network takes them, by any pre-processor: in steps, for references, in ``forward`` and exports.
+
+    anomalib's ``PreProcessor`` resizes with antialias in the Engine's loops and without in its ``forward``, which is
+    for exports. Here it does so in exports alone.
+
+    Args:
+        pre_processor: The model's; ``None`` where images come prepared.
+        images: ``(B, 3, H, W)``, float in ``[0, 1]`` or ``uint8``.
+
+    Raises:
+        ValueError: Values of floats lie outside ``[0, 1]``, by more than an 8-bit step's half. Exports do not check.
+    """
+    if pre_processor is None:
+        return images
+    _check_range(images, _HALF_STEP)
+    if isinstance(pre_processor, AprilGANPreProcessor) or not isinstance(pre_processor, PreProcessor):
+        out: Tensor = pre_processor(images)
+    elif torch.compiler.is_exporting():
+        out = pre_processor(images)
+    else:
+        out = images if pre_processor.transform is None else pre_processor.transform(images)
+    return out
+
+
+def _check_range(images: Tensor, tolerance: float) -> None:
+    if torch.compiler.is_compiling() or images.is_meta or not images.is_floating_point():
+        return
+    low, high = images.min().item(), images.max().item()
+    if not (low >= -tolerance and high <= 1.0 + tolerance):  # also where one is not a number
+        msg = f"Images must be floats in [0, 1] or uint8, got floats in [{low:g}, {high:g}]. Scale them to [0, 1]."
+        raise ValueError(msg)
+
+
+def aspect_size(image_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
+    """Image size that keeps the shape of an image at the cost of a square one.
 
     Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in
     shape, and among equals the largest. ``AprilGAN(image_size=aspect_size((1024, 2048), 518, 14))`` looks at
-    pictures of 2048 x 1024 pixels in 26 x 52 patches, where 518 would squash them into 37 x 37.
+    images of 2048 x 1024 pixels in 26 x 52 patches, where 518 would squash them into 37 x 37.
 
     Args:
-        picture_size: Height and width of the pictures, in pixels or any other unit.
+        image_size: Height and width of the images, in pixels or any other unit.
         side: Side of the square in pixels, a multiple of the patch.
         patch_size: Side of a patch in pixels.
 
@@ -123,9 +169,9 @@ def aspect_size(picture_size: tuple[float, float], side: int, patch_size: int) -
     Raises:
         ValueError: An argument is out of its range.
     """
-    height, width = picture_size
+    height, width = image_size
     if height <= 0 or width <= 0:
-        msg = f"`picture_size` must be a height and a width above 0, got {height} x {width}."
+        msg = f"`image_size` must be a height and a width above 0, got {height} x {width}."
         raise ValueError(msg)
     if patch_size < 1 or side < patch_size or side % patch_size:
         msg = f"`side` must be a multiple of the patch of {patch_size} pixels, got {side}."
@@ -191,12 +237,14 @@ def _filter_matrix(length: int, target: int, kernel: Callable[[Tensor], Tensor],
 
     The kernel widens with the reduction, and taps outside the image are left out (Pillow, Resample.c).
     """
+    # Not every accelerator has float64; a graph stays on the device of its input.
+    maker = device if torch.compiler.is_exporting() else torch.device("cpu")
     scale = length / target
-    widening: float = torch.sym_max(scale, 1.0)  # type: ignore[assignment]  # symbolic in an export
-    centres = (torch.arange(target, device=device, dtype=torch.float64) + 0.5) * scale
-    taps = torch.arange(length, device=device, dtype=torch.float64) + 0.5
+    widening: Any = torch.sym_max(scale, 1.0)  # symbolic in an export
+    centres = (torch.arange(target, device=maker, dtype=torch.float64) + 0.5) * scale
+    taps = torch.arange(length, device=maker, dtype=torch.float64) + 0.5
     weights = kernel((taps[None, :] - centres[:, None]).abs() / widening)
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
+    return (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
 
 def _bicubic(x: Tensor) -> Tensor:
