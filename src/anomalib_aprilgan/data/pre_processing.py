@@ -22,16 +22,13 @@ _HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
     """Antialiased resize as Pillow does it on 8-bit pixels: along the width, quantised, along the height, quantised.
 
-    The published results rest on Pillow's resize. torchvision's differs on float images, OpenVINO
-    drops the antialias flag of ONNX's operator without a word, and anomalib exports without
-    antialias. So the resize is written as two products with filter matrices: one arithmetic for
-    data loading, ``forward`` and export, within one 8-bit step of Pillow (from Pillow 13 on, which
-    begins with the cheaper axis: of Pillow's two passes in this order). It is a subclass of torchvision's
-    ``Resize`` because anomalib's datamodules look for one.
+    The published results rest on Pillow's resize. torchvision's differs on float images, and OpenVINO drops the
+    antialias flag of ONNX's operator without a word. Two products with filter matrices are one arithmetic for data
+    loading, ``forward`` and export, within one 8-bit step of Pillow (from Pillow 13 on: of its two passes in this
+    order). anomalib's datamodules look for a subclass of torchvision's ``Resize``.
 
-    Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as
-    floats on the 1/255 grid. What augmentations have shot over the range is cut; values far from it are an
-    error. Masks are set where above zero, resized bilinear and cut at one half.
+    Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as floats on the 1/255
+    grid; what augmentations have shot over the range is cut. Masks are resized by :func:`resize_mask`.
 
     Args:
         size: Height and width of the result in pixels.
@@ -60,8 +57,7 @@ class AprilGANPreProcessor(PreProcessor):
         image_size: Height and width in pixels.
         mean: Channel means in ``[0, 1]``.
         std: Channel standard deviations in ``[0, 1]``.
-        tiled: Whether anomalib leaves images and masks of a batch as they are, at full size, because the model
-            cuts tiles out of them and calls :meth:`forward` for those.
+        tiled: Whether anomalib leaves images and masks of a batch at full size; the model then prepares tiles of them.
     """
 
     def __init__(
@@ -76,22 +72,15 @@ class AprilGANPreProcessor(PreProcessor):
         super().__init__(None if tiled else whole)
         self.image_size = image_size
         self.tiled = tiled
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
         # anomalib would export a copy of the transform with antialiasing switched off.
         self.export_transform = None
 
     def forward(self, batch: Tensor) -> Tensor:
-        """The transform, for images without masks: used by ``AprilGAN.forward`` and every export.
-
-        Args:
-            batch: ``(B, 3, H, W)``, float in ``[0, 1]`` or ``uint8``, any size.
-
-        Returns:
-            ``(B, 3, *image_size)``, normalised.
-        """
+        """The transform, for images ``(B, 3, H, W)`` without masks: ``(B, 3, *image_size)``, normalised."""
         return (resize_image(batch, self.image_size) - self.mean) / self.std
 
     def checkpoint_config(self) -> dict[str, Any]:
@@ -100,19 +89,10 @@ class AprilGANPreProcessor(PreProcessor):
         return {"image_size": [height, width], "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice.
-
-        Raises:
-            ValueError: ``config`` is something else; nothing has changed then.
-        """
-        try:
-            height, width = (int(side) for side in config["image_size"])
-            (red, green, blue), (red_std, green_std, blue_std) = config["mean"], config["std"]
-            mean, std = (red, green, blue), (red_std, green_std, blue_std)
-            restored = AprilGANPreProcessor((height, width), mean, std, tiled=self.tiled)
-        except (KeyError, TypeError, ValueError) as error:
-            msg = f"The checkpoint's pre-processor must have a size, three means and three deviations, got {config}."
-            raise ValueError(msg) from error
+        """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice."""
+        height, width = config["image_size"]
+        # Made whole first: what does not fit changes nothing.
+        restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]), tiled=self.tiled)
         self.transform, self.image_size = restored.transform, restored.image_size
         self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
 
@@ -152,19 +132,16 @@ def _check_range(images: Tensor, tolerance: float) -> None:
 
 
 def aspect_size(image_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
-    """Image size that keeps the shape of an image at the cost of a square one.
+    """Height and width, multiples of the patch, that keep the shape of an image at the cost of a square one.
 
     Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in
-    shape, and among equals the largest. ``AprilGAN(image_size=aspect_size((1024, 2048), 518, 14))`` looks at
-    images of 2048 x 1024 pixels in 26 x 52 patches, where 518 would squash them into 37 x 37.
+    shape, and among equals the largest: for images of 2048 x 1024 pixels 26 x 52 patches of 14, where a square of 518
+    would squash them into 37 x 37.
 
     Args:
         image_size: Height and width of the images, in pixels or any other unit.
         side: Side of the square in pixels, a multiple of the patch.
         patch_size: Side of a patch in pixels.
-
-    Returns:
-        Height and width in pixels, multiples of the patch.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -189,11 +166,7 @@ def aspect_size(image_size: tuple[float, float], side: int, patch_size: int) -> 
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic antialiased resize on 8-bit pixels.
-
-    Args:
-        image: ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``.
-        size: Height and width of the result.
+    """Bicubic antialiased resize on 8-bit pixels, of an image ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``.
 
     Returns:
         ``(..., *size)``, float32 in ``[0, 1]``, multiples of 1/255.
@@ -203,11 +176,7 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear antialiased resize of a binary mask on 8-bit pixels, then cut at one half (authors' dataset.py).
-
-    Args:
-        mask: ``(..., H, W)``, set where above zero.
-        size: Height and width of the result.
+    """Bilinear antialiased resize of a mask ``(..., H, W)``, set where above zero, cut at one half (dataset.py).
 
     Returns:
         ``(..., *size)``, 0 or 1 in the dtype of ``mask``.
