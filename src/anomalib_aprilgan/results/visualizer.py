@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_dtype
 
 from ..clip.weights import write_atomically
+from ..data.display import display_image
 from ..data.listing import listed_files
-from ..data.reading import UnreadableImageError, read_picture
+from ..data.reading import UnreadableImageError
 from ..data.pre_processing import AprilGANPreProcessor
 
 # Maps are drawn in these colours over this range, whatever they hold: pictures can be compared with each other.
@@ -166,7 +167,7 @@ class AprilGANVisualizer(Visualizer):
 
     def _draw_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
         for row in range(batch.batch_size):
-            result = _result_of(batch, row, pl_module)
+            result = _result_of(batch, row, pl_module, self.max_side)
             # The place in the data, as a DistributedSampler deals it.
             number = self._drawn * trainer.world_size + trainer.global_rank
             self._drawn += 1
@@ -363,7 +364,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 # -- from a batch -------------------------------------------------------------------------------------------------
 
 
-def _result_of(batch: ImageBatch, row: int, pl_module: LightningModule) -> Result:
+def _result_of(batch: ImageBatch, row: int, pl_module: LightningModule, max_side: int) -> Result:
     post_processor = getattr(pl_module, "post_processor", None)
     thresholds: tuple[float | None, float | None] = (None, None)
     if isinstance(post_processor, PostProcessor) and post_processor.enable_thresholding:
@@ -373,7 +374,7 @@ def _result_of(batch: ImageBatch, row: int, pl_module: LightningModule) -> Resul
     score = _row(batch.pred_score, row)
     name = batch.image_path[row] if batch.image_path else ""
     return Result(
-        picture=_picture_of(name, cast("Tensor", batch.image)[row], getattr(pl_module, "pre_processor", None)),
+        picture=_picture_of(name, cast("Tensor", batch.image)[row], getattr(pl_module, "pre_processor", None), max_side),
         anomaly_map=_row(batch.anomaly_map, row),
         truth=_row(batch.gt_mask, row),
         score=None if score is None else score.item(),
@@ -389,14 +390,14 @@ def _row(values: Any, row: int) -> Tensor | None:  # noqa: ANN401  # torchvision
     return None if values is None else cast("Tensor", values[row].as_subclass(Tensor))
 
 
-def _picture_of(name: str, image: Any, pre_processor: object) -> Tensor:  # noqa: ANN401  # torchvision's image
+def _picture_of(name: str, image: Any, pre_processor: object, max_side: int) -> Tensor:  # noqa: ANN401  # torchvision's image
     """The picture as it was before it was prepared: from its file, or else as well as the batch can tell."""
     image = image.as_subclass(Tensor)
     if isinstance(pre_processor, AprilGANPreProcessor) and pre_processor.tiled:
         return cast("Tensor", image)  # as it was read, and maybe too large to be read twice
     if name:
         try:
-            return read_picture(name)
+            return display_image(name, max_side).float() / 255.0
         except UnreadableImageError:
             pass  # a name alone, or a file that is gone
     if isinstance(pre_processor, AprilGANPreProcessor):
