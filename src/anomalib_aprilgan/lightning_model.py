@@ -28,8 +28,9 @@ from .class_names import class_of_file, words_of_classes
 from .clip.architecture import ClipArchitecture
 from .clip.prompts import PromptEnsemble
 from .clip.weights import image_statistics
-from .data.pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
-from .data.reading_hooks import read_data_of, unreadable_files
+from .data.gathering import class_name_of
+from .data.pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor, prepared
+from .data.reading_hooks import ReadingHooks, unreadable_files
 from .decision.calibration import Calibration
 from .decision.post_processing import AprilGANPostProcessor
 from .distributed import all_gather_object
@@ -207,6 +208,7 @@ class AprilGAN(AnomalibModule):
         linear = LinearAdapters(len(tapped), architecture.width, architecture.embed_dim)
         linear.requires_grad_(adapters is None)
         self.model = AprilGANModel(linear, tapped, remembered, smoothing_sigma, neighbourhood)
+        self._reading_hooks = ReadingHooks()
         self._trained = False
         self._fitting = False
         self._saw_defect = False
@@ -272,7 +274,8 @@ class AprilGAN(AnomalibModule):
         # Those that the trainer was given move behind the post-processor, and there is none besides.
         callbacks: list[Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         given = [callback for callback in callbacks if isinstance(callback, DecisionsWriter)]
-        return [*cast("list[Callback]", super().configure_callbacks()), *(given or [DecisionsWriter()])]
+        own = [self._reading_hooks, *(given or [DecisionsWriter()])]
+        return [*cast("list[Callback]", super().configure_callbacks()), *own]
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Nothing, for a trainer without a datamodule.
@@ -303,7 +306,7 @@ class AprilGAN(AnomalibModule):
             self._prepare(stage)
         else:
             put_post_processor_first(self.trainer)
-            read_data_of(self.trainer, stage)  # before Lightning starts the loaders' workers
+            self._reading_hooks.install(self.trainer, stage)  # before Lightning starts the loaders' workers
 
     def on_fit_start(self) -> None:
         """Refuse data that adapters cannot learn from, and note what they will have seen."""
@@ -459,8 +462,7 @@ class AprilGAN(AnomalibModule):
         """Raw score, fused where there are references, and map maximum of one image ``(1, 3, H, W)`` of a class."""
         image = image.to(self._target_device)
         index = None if len(self.model.class_names) == 1 else torch.tensor([number], device=image.device)
-        pre_process: nn.Module = self.pre_processor or nn.Identity()
-        raw = self._infer(image if self.tile_size is not None else pre_process(image), index)
+        raw = self._infer(image if self.tile_size is not None else prepared(self.pre_processor, image), index)
         score, anomaly_map = cast("tuple[Tensor, Tensor]", (raw.pred_score, raw.anomaly_map))
         post_processor = cast("AprilGANPostProcessor", self.post_processor)
         if post_processor.fuse_map_maximum:
@@ -507,7 +509,7 @@ class AprilGAN(AnomalibModule):
             self._make_ready()
         # The length would fix the batch size of an export.
         class_index = None if len(self.model.class_names) == 1 else self._rows_of(class_name, len(batch))
-        images = batch if self.tile_size is not None or not self.pre_processor else self.pre_processor(batch)
+        images = batch if self.tile_size is not None else prepared(self.pre_processor, batch)
         predictions = self._infer(images, class_index)
         if isinstance(self.post_processor, AprilGANPostProcessor):
             predictions = self.post_processor(predictions, class_index)
@@ -519,13 +521,14 @@ class AprilGAN(AnomalibModule):
         """Raw scores and maps of prepared images; in tiled mode of images as they are, one after the other."""
         if self.tile_size is None:
             return cast("InferenceBatch", self.model(images, class_index))
-        pre_process: nn.Module = self.pre_processor or nn.Identity()
         scores, maps = [], []
         for number, image in enumerate(images):
             index = None if class_index is None else class_index[number]
 
             def score(tiles: Tensor, index: Tensor | None = index) -> tuple[Tensor, Tensor]:
-                out = self.model(pre_process(tiles), None if index is None else index.expand(len(tiles)))
+                out = self.model(
+                    prepared(self.pre_processor, tiles), None if index is None else index.expand(len(tiles))
+                )
                 return out.pred_score, out.anomaly_map
 
             one, anomaly_map = run_tiled(image, self.tile_size, self.tile_overlap, _TILES_AT_ONCE, score)
@@ -592,7 +595,8 @@ class AprilGAN(AnomalibModule):
         names = getattr(batch, "class_name", None)
         if names is None:
             # While predicting, the trainer's datamodule may be the one of an earlier test.
-            category = None if self.trainer.predicting else getattr(self._datamodule, "category", None)
+            told = None if self.trainer.predicting else self._datamodule
+            category = None if told is None else class_name_of(told)
             paths = batch.image_path or [""] * batch.batch_size
             known = self.model.class_names
             names = [category if category in known else class_of_file(path, known) for path in paths]

@@ -15,7 +15,9 @@ from .checkpoint import Provenance, check_shapes, load_resolved_adapters, resolv
 from .clip.architecture import ClipArchitecture
 from .clip.backbone import load_clip
 from .clip.prompts import ALIASES, PromptEnsemble
-from .data.references import References, ReferenceSource, contents_of, read_reference, references_of_class
+from .data.gathering import class_name_of
+from .data.pre_processing import prepared
+from .data.references import References, ReferenceSource, content_digests, read_reference, references_of_class
 from .network.model import AprilGANModel, HeldOut
 from .network.tiling import tile_positions
 
@@ -199,18 +201,20 @@ class Preparation:
                 "training images."
             )
             raise ValueError(msg)
-        remembered = bank.k_shot > 0 and source.key == self._reference_keys.get(name)
+        key = [source.name, str(source.k_shot), str(source.seed)]
+        remembered = bank.k_shot > 0 and key == self._reference_keys.get(name)
         if remembered and name not in self._reference_contents:
             return None  # the checkpoint's: its images may be long gone
         chosen = source.draw()
-        contents = contents_of(chosen)
+        contents = [*content_digests(chosen)]
         if bank.k_shot and contents == self._reference_contents.get(name):
             return None
-        pre_process = pre_processor or nn.Identity()
-        pictures = [pre_process(self._tiles_of(read_reference(file).to(model.text_features.device))) for file in chosen]
+        device = model.text_features.device
+        images = [read_reference(file).to(device) for file in chosen]
+        pictures = [prepared(pre_processor, self._tiles_of(image)) for image in images]
         tiles = [len(tiles) for tiles in pictures]
         held_out = model.remember(torch.cat(pictures), number, tiles, self.top_share)
-        self._reference_keys[name], self._reference_contents[name] = source.key, contents
+        self._reference_keys[name], self._reference_contents[name] = key, contents
         self.reference_paths[name] = [str(file) for file in chosen]
         logger.info("References of %s: %s", name, ", ".join(self.reference_paths[name]))
         return held_out
@@ -223,7 +227,9 @@ class Preparation:
             given = references_of_class(self.references, name, class_names)
             return ReferenceSource(self.k_shot, self.seed, given, datamodule)
         tells = getattr(datamodule, "class_names", None)
-        own = len(class_names) == 1 or (name in tells if tells else getattr(datamodule, "category", None) == name)
+        own = len(class_names) == 1 or (
+            name in tells if tells else (datamodule is not None and class_name_of(datamodule) == name)
+        )
         return ReferenceSource(
             self.k_shot, self.seed, None, datamodule if own else None, name if tells and name in tells else None
         )
@@ -344,8 +350,9 @@ class Preparation:
             class_names = getattr(datamodule, "class_names", None)
             if class_names and not single:
                 return {name: self._said(name) for name in class_names}
-            if datamodule.category:
-                return {datamodule.category: self._said(datamodule.category)}
+            name = class_name_of(datamodule)
+            if name != "object":
+                return {name: self._said(name)}
         if len(model.class_names) == 1 or (model.class_names and not single):
             return {name: self._words.get(name, name) for name in model.class_names}  # encoded or restored before
         return {"object": "object"}

@@ -21,6 +21,7 @@ from torchvision.tv_tensors import Image
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data import AuxiliaryData
 from anomalib_aprilgan.data.class_batch import ClassImageBatch, ClassImageItem
+from anomalib_aprilgan.data.gathering import class_name_of
 from anomalib_aprilgan.data.pre_processing import EightBitResize
 from anomalib_aprilgan.data.synthetic import synthetic_defect
 from anomalib_aprilgan.network.losses import UNKNOWN
@@ -190,7 +191,7 @@ class TestLabels:
                 assert (item.gt_mask is None) == bool(item.gt_label)
                 assert item.gt_mask is None or not item.gt_mask.any()
                 unknown.append(item.gt_mask is None)
-        assert 0.85 < np.mean(unknown) < 1.0  # of 4 pictures from 2 folders, 15/16
+        assert 0.85 < np.mean(unknown) < 1.0  # of 4 images from 2 folders, 15/16
 
     def test_nothing_normal(self) -> None:
         labels = with_labels()
@@ -285,6 +286,41 @@ class TestGoodParts:
         assert mask.shape == (70, 110)
         assert set(mask.unique().tolist()) == {0, 1}
         assert (image == 0.5).all()
+
+
+class Unnamed(Folder):
+    """A datamodule of the user's own, which has no name but that of its type."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+
+def unnamed() -> Unnamed:
+    folder = with_masks("floor", seed=0)
+    folder.__class__ = Unnamed
+    return folder
+
+
+class TestClassName:
+    def test_category_then_name_then_object(self) -> None:
+        assert class_name_of(MVTecAD(DATASET, category="tile")) == "tile"
+        assert class_name_of(with_masks("floor")) == "floor"
+        assert class_name_of(unnamed()) == "object"
+
+    def test_inspection_takes_the_words_of_training(self, april_gan: Callable[..., AprilGAN], tmp_path: Path) -> None:
+        engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, enable_progress_bar=False)
+
+        def maps(folder: Folder, class_name: str | None = None) -> Tensor:
+            model = april_gan(class_name=class_name, post_processor=False, evaluator=False, visualizer=False)
+            return torch.cat([batch.anomaly_map for batch in engine.predict(model, datamodule=folder)])
+
+        def floor() -> Folder:
+            return with_masks("floor", seed=0)
+
+        assert torch.equal(maps(floor()), maps(floor(), "floor"))
+        assert torch.equal(maps(unnamed()), maps(unnamed(), "object"))
+        assert not torch.equal(maps(floor()), maps(unnamed()))
 
 
 class TestTogether:

@@ -1,19 +1,30 @@
 """The 8-bit resize against Pillow, and its use as a torchvision transform and in a pre-processor."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from anomalib.data.utils import read_image
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
 from PIL import Image as PillowImage
-from torch import Tensor
-from torchvision.transforms.v2 import Resize
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.tv_tensors import Image, Mask
 
+from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data.pre_processing import (
     CLIP_MEAN,
     CLIP_STD,
     AprilGANPreProcessor,
     EightBitResize,
     aspect_size,
+    prepared,
     resize_image,
     resize_mask,
 )
@@ -32,7 +43,7 @@ SIZES = [
 ]
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     """8-bit noise, the hardest case: every filter tap counts."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
@@ -56,7 +67,7 @@ def pillow(
 class TestImage:
     @pytest.mark.parametrize(("before", "after"), SIZES)
     def test_within_one_step_of_pillow(self, before: tuple[int, int], after: tuple[int, int]) -> None:
-        pixels = picture(*before)
+        pixels = noise(*before)
         ours = resize_image(as_tensor(pixels), after) * 255
         difference = (ours - as_tensor(pillow(pixels, after))).abs()
         assert ours.shape == (3, *after)
@@ -65,7 +76,7 @@ class TestImage:
 
     @pytest.mark.parametrize(("before", "after"), SIZES)
     def test_floats_give_the_same_as_bytes(self, before: tuple[int, int], after: tuple[int, int]) -> None:
-        image = as_tensor(picture(*before))
+        image = as_tensor(noise(*before))
         assert torch.equal(resize_image(image, after), resize_image(image / 255, after))
         assert torch.equal(resize_image(image, after), resize_image(image.double() / 255, after))
 
@@ -76,7 +87,7 @@ class TestImage:
         assert 0 <= resized.min() < resized.max() <= 255
 
     def test_same_size_is_identity(self) -> None:
-        image = as_tensor(picture(20, 30))
+        image = as_tensor(noise(20, 30))
         assert torch.equal(resize_image(image, (20, 30)), image / 255)
 
     def test_half_way_values_are_rounded_up(self) -> None:
@@ -102,19 +113,19 @@ class TestImage:
         assert resized.max() == 1.0
 
     def test_batch_equals_single_images(self) -> None:
-        batch = torch.stack([as_tensor(picture(30, 40, seed)) for seed in range(3)])
+        batch = torch.stack([as_tensor(noise(30, 40, seed)) for seed in range(3)])
         together = resize_image(batch, (16, 24))
         for image, resized in zip(batch, together, strict=True):
             assert torch.equal(resize_image(image, (16, 24)), resized)
 
     def test_transposing_changes_at_most_the_rounding(self) -> None:
-        image = as_tensor(picture(30, 50))
+        image = as_tensor(noise(30, 50))
         difference = resize_image(image.mT, (24, 16)) - resize_image(image, (16, 24)).mT
         assert difference.abs().max() * 255 < 2.01
 
     def test_antialias_matters(self) -> None:
         """What the class is for: without antialias the same reduction lands far off."""
-        pixels = picture(100, 100)
+        pixels = noise(100, 100)
         expected = as_tensor(pillow(pixels, (25, 25))).float()
         plain = torch.nn.functional.interpolate(as_tensor(pixels)[None].float(), (25, 25), mode="bicubic")[0]
         ours = resize_image(as_tensor(pixels), (25, 25)) * 255
@@ -170,7 +181,7 @@ class TestTransform:
         assert resize.antialias
 
     def test_images_and_masks_by_type(self) -> None:
-        image = Image(as_tensor(picture(40, 50)))
+        image = Image(as_tensor(noise(40, 50)))
         mask = Mask(torch.zeros(40, 50, dtype=torch.uint8))
         mask[10:30, 10:30] = 1
         out_image, out_mask = EightBitResize((30, 20))(image, mask)
@@ -186,13 +197,13 @@ class TestTransform:
         assert torch.equal(resized, resize_image(image, (30, 20)))
 
     def test_pillow_images_are_pillows_own_affair(self) -> None:
-        resized = EightBitResize((30, 20))(PillowImage.fromarray(picture(40, 50)))
+        resized = EightBitResize((30, 20))(PillowImage.fromarray(noise(40, 50)))
         assert resized.size == (20, 30)
 
 
 class TestAspectSize:
     @pytest.mark.parametrize(
-        ("picture_size", "grid"),
+        ("image_size", "grid"),
         [
             ((900, 900), (37, 37)),
             ((1024, 2048), (26, 52)),
@@ -201,8 +212,8 @@ class TestAspectSize:
             ((1080, 1920), (27, 48)),
         ],
     )
-    def test_worked_values(self, picture_size: tuple[int, int], grid: tuple[int, int]) -> None:
-        assert aspect_size(picture_size, 518, 14) == (14 * grid[0], 14 * grid[1])
+    def test_worked_values(self, image_size: tuple[int, int], grid: tuple[int, int]) -> None:
+        assert aspect_size(image_size, 518, 14) == (14 * grid[0], 14 * grid[1])
 
     @pytest.mark.parametrize(("side", "patch"), [(518, 14), (336, 14), (96, 8), (224, 32), (16, 16)])
     @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.3, 0.7, 0.99, 1.0, 1.25, 1.5, 2.0, 3.7, 20.0, 1000.0])
@@ -216,12 +227,12 @@ class TestAspectSize:
         if (side, patch) == (518, 14) and 0.2 < ratio < 5:
             assert bend < 0.02
 
-    def test_transposed_pictures_give_transposed_sizes(self) -> None:
+    def test_transposed_images_give_transposed_sizes(self) -> None:
         for height, width in ((480, 640), (1000, 1301), (300, 2000)):
             assert aspect_size((width, height), 518, 14) == aspect_size((height, width), 518, 14)[::-1]
 
     def test_refuses(self) -> None:
-        with pytest.raises(ValueError, match="`picture_size` must be a height and a width above 0, got 0 x 5"):
+        with pytest.raises(ValueError, match="`image_size` must be a height and a width above 0, got 0 x 5"):
             aspect_size((0, 5), 518, 14)
         for side in (0, 520):
             with pytest.raises(ValueError, match=f"`side` must be a multiple of the patch of 14 pixels, got {side}"):
@@ -269,3 +280,133 @@ class TestPreProcessor:
 
     def test_statistics_are_no_part_of_the_state_dict(self) -> None:
         assert AprilGANPreProcessor((8, 8)).state_dict() == {}
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {},
+            {"image_size": [24], "mean": CLIP_MEAN, "std": CLIP_STD},
+            {"image_size": [24, 32], "mean": [0.5, 0.5], "std": CLIP_STD},
+            {"image_size": [24, 32], "mean": CLIP_MEAN, "std": None},
+        ],
+    )
+    def test_a_config_that_does_not_fit_changes_nothing(self, config: dict) -> None:
+        pre_processor, batch = AprilGANPreProcessor((8, 8), mean=(0.1, 0.2, 0.3)), torch.rand(1, 3, 40, 40)
+        before = pre_processor(batch), pre_processor.transform(batch), pre_processor.checkpoint_config()
+        with pytest.raises((KeyError, TypeError, ValueError, RuntimeError)):
+            pre_processor.load_checkpoint_config(config)
+        assert torch.equal(pre_processor(batch), before[0])
+        assert torch.equal(pre_processor.transform(batch), before[1])
+        assert pre_processor.checkpoint_config() == before[2]
+
+
+class NoFloat64(TorchDispatchMode):
+    """Stands for an accelerator without float64, such as MPS: nothing of it may be on ``meta``."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_meta and leaf.dtype == torch.float64:
+                msg = f"no float64 on this device ({func})"
+                raise TypeError(msg)
+        return out
+
+
+class TestDevices:
+    @pytest.mark.parametrize("size", [(200, 300), (60, 70), (96, 96)])
+    def test_needs_no_float64(self, size: tuple[int, int]) -> None:
+        pre_processor = AprilGAN.configure_pre_processor((96, 96)).to("meta")
+        with NoFloat64():
+            assert pre_processor(torch.empty(2, 3, *size, device="meta")).shape == (2, 3, 96, 96)
+
+
+class TestPrepared:
+    TRANSFORM = Compose([Resize((24, 32), antialias=True), Normalize(CLIP_MEAN, CLIP_STD)])
+
+    def test_ours(self) -> None:
+        batch = torch.rand(2, 3, 50, 40)
+        ours = AprilGANPreProcessor((24, 32))
+        assert torch.equal(prepared(ours, batch), ours(batch))
+        eight_bit = (batch * 255).to(torch.uint8)
+        assert torch.equal(prepared(ours, eight_bit), ours(eight_bit / 255))
+
+    def test_anomalibs_resizes_as_in_the_engine(self) -> None:
+        batch, theirs = torch.rand(2, 3, 50, 40), PreProcessor(self.TRANSFORM)
+        assert torch.equal(prepared(theirs, batch), self.TRANSFORM(batch))
+        assert not torch.allclose(prepared(theirs, batch), theirs(batch))
+
+    def test_anomalibs_in_an_export(self) -> None:
+        class Model(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                return prepared(theirs, images)
+
+        batch, theirs = torch.rand(2, 3, 50, 40), PreProcessor(self.TRANSFORM)
+        exported = torch.export.export(Model(), (batch,)).module()
+        torch.testing.assert_close(exported(batch), theirs(batch))
+
+    def test_others(self) -> None:
+        batch = torch.rand(2, 3, 50, 40)
+        assert prepared(None, batch) is batch
+        assert prepared(PreProcessor(), batch) is batch
+        assert torch.equal(prepared(nn.AvgPool2d(2), batch), nn.AvgPool2d(2)(batch))
+
+    @pytest.mark.parametrize("pre_processor", [AprilGANPreProcessor((24, 32)), PreProcessor(TRANSFORM), nn.Identity()])
+    def test_range(self, pre_processor: nn.Module) -> None:
+        batch = torch.rand(2, 3, 50, 40)
+        batch[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+        prepared(pre_processor, batch)
+        prepared(pre_processor, batch * (1 + 1e-6))  # a resize of white may give this
+        for wrong, values in ((batch * 255, "0, 255"), (batch - 0.5, "-0.5, 0.5"), (batch * float("nan"), "nan, nan")):
+            message = rf"Images must be floats in \[0, 1\] or uint8, got floats in \[{values}\]\. Scale them"
+            with pytest.raises(ValueError, match=message):
+                prepared(pre_processor, wrong)
+
+    def test_overshoot_of_augmentations_is_cut_and_other_scales_are_errors(self) -> None:
+        image, resize = torch.rand(3, 40, 50), EightBitResize((30, 20))
+        assert torch.equal(resize(image * 1.5 - 0.25), resize((image * 1.5 - 0.25).clamp(0, 1)))
+        with pytest.raises(ValueError, match=r"Images must be floats in \[0, 1\]"):
+            resize(image * 255)
+
+
+class TestModel:
+    """On the public face: what a user sees of it."""
+
+    @pytest.fixture
+    def engine(self, tmp_path: Path) -> Engine:
+        options = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "logger": False}
+        return Engine(default_root_dir=tmp_path / "run", **options)
+
+    @pytest.fixture
+    def image(self, tmp_path: Path) -> Path:
+        PillowImage.fromarray(noise(200, 230)).save(tmp_path / "a.png")
+        return tmp_path / "a.png"
+
+    @staticmethod
+    def build(april_gan: Callable[..., AprilGAN], **options: Any) -> AprilGAN:
+        transform = Compose([Resize((96, 96), antialias=True), Normalize(CLIP_MEAN, CLIP_STD)])
+        plain = {"post_processor": False, "evaluator": False, "visualizer": False}
+        return april_gan(class_name="part", pre_processor=PreProcessor(transform), **plain, **options)
+
+    def test_with_anomalibs_pre_processor_an_image_is_like_itself(
+        self, april_gan: Callable[..., AprilGAN], engine: Engine, image: Path
+    ) -> None:
+        few_shot = self.build(april_gan, k_shot=1, references=[str(image)])
+        (few,), (zero,) = (engine.predict(model, data_path=image) for model in (few_shot, self.build(april_gan)))
+        # The distance to the references is added to the map of the text.
+        torch.testing.assert_close(few.anomaly_map, zero.anomaly_map, atol=1e-4, rtol=0)
+
+    def test_with_anomalibs_pre_processor_forward_is_the_engine(
+        self, april_gan: Callable[..., AprilGAN], engine: Engine, image: Path
+    ) -> None:
+        model = self.build(april_gan)
+        (batch,) = engine.predict(model, data_path=image)
+        with torch.no_grad():
+            out = model.eval()(read_image(image, as_tensor=True).as_subclass(Tensor)[None])
+        torch.testing.assert_close(out.anomaly_map, batch.anomaly_map, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.pred_score, batch.pred_score, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("change", [lambda x: x * 255, lambda x: x - 0.5, lambda x: x / 0])
+    def test_values_out_of_range(self, april_gan: Callable[..., AprilGAN], change: Callable) -> None:
+        model = april_gan(class_name="part").eval()
+        with pytest.raises(ValueError, match=r"floats in \[0, 1\]"):
+            model(change(torch.rand(1, 3, 50, 60)))

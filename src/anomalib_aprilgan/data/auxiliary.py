@@ -10,6 +10,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset, Folder
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import ValSplitMode
 from anomalib.data.utils.split import random_split
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
@@ -146,11 +147,11 @@ class AuxiliaryData(GatheredData):
             collate_fn=self.train_data.collate_fn,
         )
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> EVAL_DATALOADERS:
         """Held-out or other images; nothing where none were asked for."""
-        return cast("DataLoader[Any]", super().val_dataloader()) if hasattr(self, "val_data") else []
+        return super().val_dataloader() if hasattr(self, "val_data") else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> EVAL_DATALOADERS:
         """The validation images: they alone were not trained on.
 
         Raises:
@@ -159,7 +160,7 @@ class AuxiliaryData(GatheredData):
         if not hasattr(self, "val_data"):
             msg = "There is nothing to test on: set `val_split_ratio` or `validation`, or test on another datamodule."
             raise RuntimeError(msg)
-        return cast("DataLoader[Any]", super().val_dataloader())
+        return super().val_dataloader()
 
 
 def _test_data(module: AnomalibDataModule, seed: int) -> AnomalibDataset:

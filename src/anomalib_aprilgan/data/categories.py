@@ -61,21 +61,3 @@ class MultiCategoryData(GatheredData):
         """
         msg = "`MultiCategoryData` is for evaluation and prediction. Adapters are trained on `AuxiliaryData`."
         raise RuntimeError(msg)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The test images."""
-        return self._loader()
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test images."""
-        return self._loader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test images."""
-        return self._loader()
-
-    def _loader(self) -> DataLoader[Any]:
-        collate = self.test_data.collate_fn
-        return DataLoader(
-            self.test_data, batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=collate
-        )

@@ -16,6 +16,17 @@ _DATASETS: dict[str, tuple[Callable[..., AnomalibDataModule], tuple[str, ...]]] 
 }
 
 
+def class_name_of(module: AnomalibDataModule) -> str:
+    """The class of a datamodule's images, for training, prompts, references and metrics alike.
+
+    It is the datamodule's category; without one the name that the user gave it; and "object" where its name is only
+    that of its type.
+    """
+    if module.category:
+        return module.category
+    return "object" if module.name == type(module).__name__ else module.name
+
+
 class GatheredData(AnomalibDataModule):
     """Several datamodules as one; what is done with their data sets is up to the subclass's ``_setup``.
 
@@ -44,7 +55,7 @@ class GatheredData(AnomalibDataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names that stand for the objects in the prompts, each once."""
+        """The classes of all images, each once."""
         return tuple(dict.fromkeys(class_name_of(module) for module in self._modules_read))
 
     @property
@@ -71,11 +82,6 @@ class GatheredData(AnomalibDataModule):
             self._setup(stage)
             self._is_setup = True
         self._update_augmentations()
-
-
-def class_name_of(module: AnomalibDataModule) -> str:
-    """The name of a datamodule's images in the prompts: its category, or its own name where it has none."""
-    return module.category or module.name
 
 
 def _expand(dataset: str | None, root: str | Path | None, categories: list[str] | None) -> list[AnomalibDataModule]:

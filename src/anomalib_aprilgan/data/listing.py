@@ -1,11 +1,38 @@
-"""The files behind a trainer's loaders, in the order of the data."""
+"""What lies in loaders: data sets, and the files behind them."""
 
 from __future__ import annotations
 
-from anomalib.data import AnomalibDataset, PredictDataset
-from torch.utils.data import DataLoader, Subset
+from collections.abc import Iterator, Mapping
 
-from .reading_hooks import _entries
+from anomalib.data import AnomalibDataModule, AnomalibDataset, PredictDataset
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+def entries(data: object) -> Iterator[object]:
+    """What collections of any depth hold."""
+    if isinstance(data, CombinedLoader):
+        data = data.flattened
+    elif isinstance(data, Mapping):
+        data = list(data.values())
+    if isinstance(data, (list, tuple)):
+        for entry in data:
+            yield from entries(entry)
+    else:
+        yield data
+
+
+def datasets_in(data: object) -> Iterator[object]:
+    """Data sets at the bottom of loaders, subsets, concatenations and datamodules."""
+    for entry in entries(data):
+        if isinstance(entry, (DataLoader, Subset)):
+            yield from datasets_in(entry.dataset)
+        elif isinstance(entry, AnomalibDataModule):
+            yield from datasets_in([getattr(entry, name, None) for name in ("train_data", "val_data", "test_data")])
+        elif isinstance(parts := getattr(entry, "datasets", None), list):  # ConcatDataset, and ours of many categories
+            yield from datasets_in(parts)
+        elif isinstance(entry, Dataset):
+            yield entry
 
 
 def listed_files(data: object) -> list[str]:
@@ -16,7 +43,7 @@ def listed_files(data: object) -> list[str]:
             ``trainer.predict_dataloaders``. What does not tell its files counts as having none.
     """
     files: list[str] = []
-    for entry in _entries(data):
+    for entry in entries(data):
         if isinstance(entry, DataLoader):
             files += listed_files(entry.dataset)
         elif isinstance(entry, Subset):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, AnomalibDataset
-from anomalib.data.utils import LabelName, read_image
+from anomalib.data.utils import LabelName
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchvision.tv_tensors import Image, Mask
@@ -19,13 +19,15 @@ from torchvision.tv_tensors import Image, Mask
 from .class_batch import ClassImageBatch, ClassImageItem
 from .gathering import class_name_of
 from .mosaic import mosaic
+from .reading_hooks import read_image, reading_copy
 from .synthetic import synthetic_defect
 
 
 class MultiCategoryDataset(AnomalibDataset):
     """Images of several data sets as one, each under its class name.
 
-    Items are read by the data set they come from, so that whatever it does with masks is kept.
+    Items are read by a copy of the data set they come from, so that whatever it does with masks is kept; images by
+    :func:`~anomalib_aprilgan.data.reading.load_image`.
 
     Args:
         datasets: anomalib's data sets; their own augmentations are not applied.
@@ -37,7 +39,7 @@ class MultiCategoryDataset(AnomalibDataset):
 
     def __init__(self, datasets: Sequence[AnomalibDataset], datamodules: Sequence[AnomalibDataModule]) -> None:
         super().__init__()
-        self.datasets = list(datasets)
+        self.datasets = [reading_copy(dataset) for dataset in datasets]
         self.mosaic_rate = 0.0
         self.synthetic_rate = 0.0
         self.seed = 0
@@ -97,7 +99,7 @@ class MultiCategoryDataset(AnomalibDataset):
         """Collates items with class names."""
         return ClassImageBatch.collate
 
-    def _read(self, row: Any) -> tuple[Image, Mask | None, bool]:  # noqa: ANN401  # a row of a pandas table
+    def _read(self, row: pd.Series) -> tuple[Image, Mask | None, bool]:
         """Image, mask where there is one, and whether it is anomalous."""
         is_anomalous = row.label_index != LabelName.NORMAL
         if is_anomalous and not row.has_mask:  # a data set with masks for others would look for its file
@@ -107,7 +109,7 @@ class MultiCategoryDataset(AnomalibDataset):
             return item.image, _empty_mask(item.image), False
         return item.image, item.gt_mask, is_anomalous
 
-    def _mosaic(self, row: Any, generator: torch.Generator) -> tuple[Image, Mask | None, bool]:  # noqa: ANN401
+    def _mosaic(self, row: pd.Series, generator: torch.Generator) -> tuple[Image, Mask | None, bool]:
         """Four images of a category: a defect folder at random (good included), then one of its files, four times."""
         table = self.samples[self.samples.dataset == row.dataset]
         folders = [group for _, group in table.groupby(table.image_path.map(lambda path: str(Path(path).parent)))]
@@ -125,13 +127,15 @@ class MultiCategoryDataset(AnomalibDataset):
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch, and tells the data set which epoch it is."""
 
+    dataset: MultiCategoryDataset
+
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch."""
         super().set_epoch(epoch)
-        cast("MultiCategoryDataset", self.dataset).epoch = epoch
+        self.dataset.epoch = epoch
 
 
-def _has_mask(dataset: AnomalibDataset, table: Any) -> Any:  # noqa: ANN401  # pandas carries no types
+def _has_mask(dataset: AnomalibDataset, table: pd.DataFrame) -> pd.Series:
     """By image, whether its mask is known: that of a normal one is empty."""
     with_files = dataset.task == TaskType.SEGMENTATION
     return (table.label_index == LabelName.NORMAL) | (with_files & (table.get("mask_path") != ""))

@@ -10,27 +10,27 @@ import torch
 from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 from torchvision.tv_tensors import Mask, wrap
 
 # CLIP's own statistics (open_clip.constants.OPENAI_DATASET_MEAN / _STD).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# How far values may lie outside [0, 1]: as far as rounding to 8 bits covers up, or as bicubic augmentations shoot over.
+_HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
     """Antialiased resize as Pillow does it on 8-bit pixels: along the width, quantised, along the height, quantised.
 
-    The published results rest on Pillow's resize. torchvision's differs on float images, OpenVINO
-    drops the antialias flag of ONNX's operator without a word, and anomalib exports without
-    antialias. So the resize is written as two products with filter matrices: one arithmetic for
-    data loading, ``forward`` and export, within one 8-bit step of Pillow (from Pillow 13 on, which
-    begins with the cheaper axis: of Pillow's two passes in this order). It is a subclass of torchvision's
-    ``Resize`` because anomalib's datamodules look for one.
+    The published results rest on Pillow's resize. torchvision's differs on float images, and OpenVINO drops the
+    antialias flag of ONNX's operator without a word. Two products with filter matrices are one arithmetic for data
+    loading, ``forward`` and export, within one 8-bit step of Pillow (from Pillow 13 on: of its two passes in this
+    order). anomalib's datamodules look for a subclass of torchvision's ``Resize``.
 
-    Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as
-    floats on the 1/255 grid. Masks are set where above zero, resized bilinear and cut at one half.
+    Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as floats on the 1/255
+    grid; what augmentations have shot over the range is cut. Masks are resized by :func:`resize_mask`.
 
     Args:
         size: Height and width of the result in pixels.
@@ -46,6 +46,7 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no ty
         if isinstance(inpt, Mask):
             return wrap(resize_mask(inpt.as_subclass(Tensor), (height, width)), like=inpt)
         if isinstance(inpt, Tensor):
+            _check_range(inpt, _OVERSHOOT)
             resized = resize_image(inpt.as_subclass(Tensor), (height, width))
             return wrap(resized, like=inpt) if type(inpt) is not Tensor else resized
         return super().transform(inpt, {})
@@ -58,8 +59,7 @@ class AprilGANPreProcessor(PreProcessor):
         image_size: Height and width in pixels.
         mean: Channel means in ``[0, 1]``.
         std: Channel standard deviations in ``[0, 1]``.
-        tiled: Whether anomalib leaves images and masks of a batch as they are, at full size, because the model
-            cuts tiles out of them and calls :meth:`forward` for those.
+        tiled: Whether anomalib leaves images and masks of a batch at full size; the model then prepares tiles of them.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class AprilGANPreProcessor(PreProcessor):
         super().__init__(None if tiled else whole)
         self.image_size = image_size
         self.tiled = tiled
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
         # anomalib would export a copy of the transform with antialiasing switched off.
@@ -89,14 +89,7 @@ class AprilGANPreProcessor(PreProcessor):
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """The transform, for images without masks: used by ``AprilGAN.forward`` and every export.
-
-        Args:
-            batch: ``(B, 3, H, W)``, float in ``[0, 1]`` or ``uint8``, any size.
-
-        Returns:
-            ``(B, 3, *image_size)``, normalised.
-        """
+        """The transform, for images ``(B, 3, H, W)`` without masks: ``(B, 3, *image_size)``, normalised."""
         return (resize_image(batch, self.image_size) - self.mean) / self.std
 
     def checkpoint_config(self) -> dict[str, Any]:
@@ -107,34 +100,64 @@ class AprilGANPreProcessor(PreProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice."""
         height, width = config["image_size"]
-        mean, std = tuple(config["mean"]), tuple(config["std"])
-        restored = AprilGANPreProcessor((height, width), mean, std, tiled=self.tiled)
-        self.transform = restored.transform
-        self.image_size = restored.image_size
+        # Made whole first: what does not fit changes nothing.
+        restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]), tiled=self.tiled)
+        self.transform, self.image_size = restored.transform, restored.image_size
         self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
 
 
-def aspect_size(picture_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
-    """Image size that keeps the shape of a picture at the cost of a square one.
+def prepared(pre_processor: nn.Module | None, images: Tensor) -> Tensor:
+    """Images as the network takes them, by any pre-processor: in steps, for references, in ``forward`` and exports.
 
-    Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in
-    shape, and among equals the largest. ``AprilGAN(image_size=aspect_size((1024, 2048), 518, 14))`` looks at
-    pictures of 2048 x 1024 pixels in 26 x 52 patches, where 518 would squash them into 37 x 37.
+    anomalib's ``PreProcessor`` resizes with antialias in the Engine's loops and without in its ``forward``, which is
+    for exports. Here it does so in exports alone.
 
     Args:
-        picture_size: Height and width of the pictures, in pixels or any other unit.
+        pre_processor: The model's; ``None`` where images come prepared.
+        images: ``(B, 3, H, W)``, float in ``[0, 1]`` or ``uint8``.
+
+    Raises:
+        ValueError: Values of floats lie outside ``[0, 1]``, by more than an 8-bit step's half. Exports do not check.
+    """
+    if pre_processor is None:
+        return images
+    _check_range(images, _HALF_STEP)
+    if isinstance(pre_processor, AprilGANPreProcessor) or not isinstance(pre_processor, PreProcessor):
+        out: Tensor = pre_processor(images)
+    elif torch.compiler.is_exporting():
+        out = pre_processor(images)
+    else:
+        out = images if pre_processor.transform is None else pre_processor.transform(images)
+    return out
+
+
+def _check_range(images: Tensor, tolerance: float) -> None:
+    if torch.compiler.is_compiling() or images.is_meta or not images.is_floating_point():
+        return
+    low, high = images.min().item(), images.max().item()
+    if not (low >= -tolerance and high <= 1.0 + tolerance):  # also where one is not a number
+        msg = f"Images must be floats in [0, 1] or uint8, got floats in [{low:g}, {high:g}]. Scale them to [0, 1]."
+        raise ValueError(msg)
+
+
+def aspect_size(image_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
+    """Height and width, multiples of the patch, that keep the shape of an image at the cost of a square one.
+
+    Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in
+    shape, and among equals the largest: for images of 2048 x 1024 pixels 26 x 52 patches of 14, where a square of 518
+    would squash them into 37 x 37.
+
+    Args:
+        image_size: Height and width of the images, in pixels or any other unit.
         side: Side of the square in pixels, a multiple of the patch.
         patch_size: Side of a patch in pixels.
-
-    Returns:
-        Height and width in pixels, multiples of the patch.
 
     Raises:
         ValueError: An argument is out of its range.
     """
-    height, width = picture_size
+    height, width = image_size
     if height <= 0 or width <= 0:
-        msg = f"`picture_size` must be a height and a width above 0, got {height} x {width}."
+        msg = f"`image_size` must be a height and a width above 0, got {height} x {width}."
         raise ValueError(msg)
     if patch_size < 1 or side < patch_size or side % patch_size:
         msg = f"`side` must be a multiple of the patch of {patch_size} pixels, got {side}."
@@ -152,11 +175,7 @@ def aspect_size(picture_size: tuple[float, float], side: int, patch_size: int) -
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic antialiased resize on 8-bit pixels.
-
-    Args:
-        image: ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``.
-        size: Height and width of the result.
+    """Bicubic antialiased resize on 8-bit pixels, of an image ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``.
 
     Returns:
         ``(..., *size)``, float32 in ``[0, 1]``, multiples of 1/255.
@@ -166,11 +185,7 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear antialiased resize of a binary mask on 8-bit pixels, then cut at one half (authors' dataset.py).
-
-    Args:
-        mask: ``(..., H, W)``, set where above zero.
-        size: Height and width of the result.
+    """Bilinear antialiased resize of a mask ``(..., H, W)``, set where above zero, cut at one half (dataset.py).
 
     Returns:
         ``(..., *size)``, 0 or 1 in the dtype of ``mask``.
@@ -200,12 +215,14 @@ def _filter_matrix(length: int, target: int, kernel: Callable[[Tensor], Tensor],
 
     The kernel widens with the reduction, and taps outside the image are left out (Pillow, Resample.c).
     """
+    # Not every accelerator has float64; a graph stays on the device of its input.
+    maker = device if torch.compiler.is_exporting() else torch.device("cpu")
     scale = length / target
-    widening: float = torch.sym_max(scale, 1.0)  # type: ignore[assignment]  # symbolic in an export
-    centres = (torch.arange(target, device=device, dtype=torch.float64) + 0.5) * scale
-    taps = torch.arange(length, device=device, dtype=torch.float64) + 0.5
+    widening: Any = torch.sym_max(scale, 1.0)  # symbolic in an export
+    centres = (torch.arange(target, device=maker, dtype=torch.float64) + 0.5) * scale
+    taps = torch.arange(length, device=maker, dtype=torch.float64) + 0.5
     weights = kernel((taps[None, :] - centres[:, None]).abs() / widening)
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
+    return (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
 
 def _bicubic(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Pictures as they come: any bit depth, palette, transparency and orientation.
+"""Images as a viewer shows them, whatever their bit depth, palette, transparency and orientation.
 
-anomalib reads a picture with ``Image.open(path).convert("RGB")``: 16-bit pictures come out white, turned ones lie on
-their side, and one broken file ends a prediction. Here the same pictures are read as a viewer shows them;
-:mod:`~anomalib_aprilgan.data.reading_hooks` makes anomalib's data sets read them so.
+anomalib reads an image with ``Image.open(path).convert("RGB")``: 16-bit images come out white, turned ones lie on their
+side, and one broken file ends a prediction. :mod:`~anomalib_aprilgan.data.reading_hooks` makes anomalib's data sets
+read with :func:`load_image` instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +23,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
-MAX_PIXELS = 2**29  # 23170 x 23170, 6.4 GB as float32; Pillow stops at a third of it, line-scan pictures do not
+MAX_PIXELS = 2**29  # 23170 x 23170, 6.4 GB as float32; Pillow stops at a third of it, line-scan images do not
 _FULL_16_BIT = 65535
 _FULL_12_BIT = 4095
-_PHOTOMETRIC, _MIN_IS_WHITE = 262, 0  # a tag of TIFF, which Pillow heeds in 8-bit pictures alone
+_PHOTOMETRIC, _MIN_IS_WHITE = 262, 0  # a tag of TIFF, which Pillow heeds in 8-bit images alone
 # What Pillow's readers raise on broken files.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 _LIFTING = Lock()
 
 
 class UnreadableImageError(ValueError):
-    """A file that cannot be read as a picture; the text names it, the reason and the remedy.
+    """A file cannot be read as an image; the text names the file, the reason and the remedy.
 
     Args:
         message: The text.
@@ -51,26 +51,26 @@ class UnreadableImageError(ValueError):
         return cls(f"{path} cannot be read as an image ({reason}). {remedy}.", path)
 
 
-def read_picture(path: str | os.PathLike[str]) -> Tensor:
-    """A picture as a viewer shows it, ``(3, H, W)``, float32 in ``[0, 1]``.
+def load_image(path: str | os.PathLike[str]) -> Tensor:
+    """An image as a viewer shows it, ``(3, H, W)``, float32 in ``[0, 1]``.
 
     - 8-bit and 1-bit gray, RGB, palette, CMYK: as Pillow converts them; colour profiles are not applied.
-    - 16-bit gray: divided by 65535. A picture saved with 16 bits (``257 * v``) has the values of the 8-bit one. Cameras
-      that store 10 or 12 bits without scaling give nearly black pictures; that is warned of.
+    - 16-bit gray: divided by 65535. An image saved with 16 bits (``257 * v``) has the values of the 8-bit one. Cameras
+      that store 10 or 12 bits without scaling give nearly black images; a warning says so.
     - 16 bits a channel: the upper 8 bits of each, which is what Pillow reads and what CLIP is fed.
     - 32-bit integers: read as 16-bit ones; a value out of ``[0, 65535]`` is an error.
-    - Float: must lie in ``[0, 1]``; a range is never guessed, or two pictures of one camera would differ in scale.
+    - Float: must lie in ``[0, 1]``; a range is never guessed, or two images of one camera would differ in scale.
     - Transparency: laid on black, in proportion to the opacity, so that colours under transparent pixels do not count.
-      An opaque picture equals the one without alpha.
-    - EXIF orientation: applied; ``H`` and ``W`` are those of the turned picture.
+      An opaque image equals the one without alpha.
+    - EXIF orientation: applied; ``H`` and ``W`` are those of the turned image.
     - Several pages: the first.
 
     Args:
-        path: The file, of at most ``MAX_PIXELS`` pixels. For a picture past Pillow's own, lower limit, that limit is
-            lifted while the picture is read, and put back.
+        path: The file, of at most ``MAX_PIXELS`` pixels. Pillow's own, lower limit is lifted while a larger image is
+            read, and put back.
 
     Raises:
-        UnreadableImageError: The file is missing, broken, too large, or no picture.
+        UnreadableImageError: The file is missing, broken, too large, or no image.
     """
     path = Path(path)
     try:
@@ -87,7 +87,7 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
 
 @contextmanager
 def _without_limit() -> Iterator[None]:
-    """Pillow's limit is a global: it is lifted for the one picture that is larger, and put back."""
+    """Pillow's limit is a global: it is lifted for one image and put back."""
     with _LIFTING:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -114,8 +114,8 @@ def _to_tensor(image: Image.Image) -> Tensor:
             values = _FULL_16_BIT - values
         if 0 < values.max() <= _FULL_12_BIT:
             warnings.warn(
-                f"A 16-bit picture has no value above {_FULL_12_BIT} of {_FULL_16_BIT} and is nearly black. If the "
-                "camera gives 10 or 12 bits, scale its pictures to the full 16 bits.",
+                f"A 16-bit image has no value above {_FULL_12_BIT} of {_FULL_16_BIT} and is nearly black. If the "
+                "camera gives 10 or 12 bits, scale its images to the full 16 bits.",
                 stacklevel=3,
             )
         return _gray(values, _FULL_16_BIT, "integer values must lie in [0, 65535]")
@@ -123,9 +123,9 @@ def _to_tensor(image: Image.Image) -> Tensor:
         opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
         opaque.alpha_composite(image.convert("RGBA"))
         image = opaque
-    # anomalib's own conversion, so that plain pictures keep their values to the last bit.
-    picture = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
-    return cast("Tensor", picture.as_subclass(Tensor))
+    # anomalib's own conversion, so that plain images keep their values to the last bit.
+    loaded: Tensor = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True).as_subclass(Tensor)
+    return loaded
 
 
 def _gray(values: np.ndarray[Any, Any], full: float, rule: str) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.data.utils import get_image_filenames
+from anomalib.data.utils.image import is_image_file
 from torch import Tensor
 
-from .reading import UnreadableImageError, read_picture
+from .reading import UnreadableImageError, load_image
 
 OneClass = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 References = OneClass | Mapping[str, OneClass]
@@ -20,7 +22,7 @@ References = OneClass | Mapping[str, OneClass]
 
 @dataclass(frozen=True)
 class ReferenceSource:
-    """Where references are drawn from, and how: what tells whether a memory bank is still the right one.
+    """Where references are drawn from, and how.
 
     Args:
         k_shot: How many.
@@ -46,37 +48,26 @@ class ReferenceSource:
         """The source in words."""
         if self.given is not None:
             return f"`references` {self.given}"
-        what = self.class_name if self._tells_classes else self._module.category
-        return f"the training images of {self._module.name} {what}".rstrip()
-
-    @property
-    def _tells_classes(self) -> bool:
-        return self.class_name is not None and "class_name" in self._module.train_data.samples
-
-    @property
-    def _module(self) -> AnomalibDataModule:
-        if self.datamodule is None:
-            msg = "There is no datamodule to draw references from; ask `is_available` first."
-            raise RuntimeError(msg)
-        return self.datamodule
-
-    @property
-    def key(self) -> list[str]:
-        """The draw in words: plain data, to tell whether a checkpoint's references are those asked for."""
-        return [self.name, str(self.k_shot), str(self.seed)]
+        category = getattr(self.datamodule, "category", None)
+        name = getattr(self.datamodule, "name", "no datamodule")
+        return f"the training images of {name} {self.class_name or category or ''}".rstrip()
 
     def draw(self) -> list[Path]:
         """The chosen files.
 
         Raises:
             FileNotFoundError: A given path does not exist.
+            RuntimeError: There is nothing to draw from.
             ValueError: There are too few images.
         """
         if self.given is not None:
             files = list_references(self.given)
+        elif self.datamodule is None:
+            msg = "There is no datamodule to draw references from; ask `is_available` first."
+            raise RuntimeError(msg)
         else:
-            samples = self._module.train_data.samples
-            if self._tells_classes:
+            samples = self.datamodule.train_data.samples
+            if self.class_name is not None and "class_name" in samples:
                 samples = samples[samples.class_name == self.class_name]
             files = sorted(Path(path) for path in samples.image_path[samples.label_index == 0])
         return draw_references(files, self.k_shot, self.seed, self.name)
@@ -107,27 +98,37 @@ def references_of_class(
     return folder
 
 
-def contents_of(files: Sequence[Path]) -> list[str]:
-    """What tells these files from others, and from themselves after a change: path, size, time."""
-    return [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+def content_digests(files: Sequence[Path]) -> tuple[str, ...]:
+    """SHA-256 of the bytes of each file, its first 16 bytes in hex: the same wherever the file lies.
+
+    Raises:
+        FileNotFoundError: A file is gone.
+    """
+    states = [(file.resolve(), file.stat()) for file in files]
+    return tuple(_digest(file, state.st_size, state.st_mtime_ns) for file, state in states)
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, mtime_ns: int) -> str:
+    del size, mtime_ns  # a file that has changed is read again
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()[:32]
 
 
 def list_references(references: References, argument: str = "references") -> list[Path]:
-    """Image files of a folder (sorted), of one file, or of a list.
+    """Image files of a folder and those in it (sorted), of one file, or of a list.
 
     Raises:
         FileNotFoundError: A path does not exist.
         ValueError: The folder holds no image, or the list is empty.
     """
     if isinstance(references, (str, os.PathLike)):
-        path = Path(references).expanduser()
+        path = Path(references).expanduser().resolve()
         if not path.exists():
             msg = f"`{argument}`: {path} does not exist. Pass a folder of normal images or a list of image files."
             raise FileNotFoundError(msg)
-        try:
-            files = sorted(get_image_filenames(path))
-        except ValueError:  # anomalib's word for a folder without images
-            files = []
+        # Not by anomalib's own listing, which takes no paths with letters outside ASCII.
+        files = sorted(filter(is_image_file, path.glob("**/*") if path.is_dir() else [path]))
         if not files:
             msg = f"`{argument}`: {path} holds no images. Put normal images there, or pass another folder."
             raise ValueError(msg)
@@ -156,13 +157,13 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
 
 
 def read_reference(file: Path, argument: str = "references") -> Tensor:
-    """One reference image, ``(1, 3, H, W)`` in ``[0, 1]``, read as :func:`~.data.reading.read_picture` does.
+    """One reference image, ``(1, 3, H, W)`` in ``[0, 1]``, read as :func:`~.data.reading.load_image` does.
 
     Raises:
         UnreadableImageError: It cannot be read.
     """
     try:
-        return read_picture(file).unsqueeze(0)
+        return load_image(file).unsqueeze(0)
     except UnreadableImageError as error:
         msg = f"`{argument}`: {error}"
         raise UnreadableImageError(msg, error.path) from error

@@ -1,4 +1,4 @@
-"""Synthetic defects on pictures of good parts, for those who have no others to train on."""
+"""Synthetic defects on images of good parts, for those who have no others to train on."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..data.references import References, contents_of, list_references, read_reference, references_of_class
+from ..data.references import References, content_digests, list_references, read_reference, references_of_class
 from ..network.memory_bank import MemoryBank
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Calibration:
         """
         if self.used.get(class_name) != list(key):
             return False
-        return class_name not in self._contents or self._contents[class_name] == contents_of(files())
+        return class_name not in self._contents or self._contents[class_name] == [*content_digests(files())]
 
     def thresholds(
         self, files: Sequence[Path], bank: MemoryBank, tiles: Callable[[Tensor], int], score: Score
@@ -149,7 +149,7 @@ class Calibration:
 
     def note(self, class_name: str, key: Sequence[str], files: Sequence[Path]) -> None:
         """Write down what the thresholds of a class rest on."""
-        self.used[class_name], self._contents[class_name] = list(key), contents_of(files)
+        self.used[class_name], self._contents[class_name] = list(key), [*content_digests(files)]
 
     def forget(self) -> None:
         """The model has changed: calibrate anew."""

@@ -23,7 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 
 from ... import AprilGAN
 from ...checkpoint import load_adapters
-from ...data.reading import read_picture
+from ...data.reading import load_image
 from ...evaluation.tables import markdown
 from ...files import write_atomically
 from .. import built_in
@@ -73,7 +73,7 @@ def load_parts(root: Path, category: str, seed: int) -> Parts:
     samples = data.test_data.samples
     bad = sorted(samples.image_path[samples.label_index == 1])
     fresh, defective = (
-        torch.stack([read_picture(Path(file)) for file in files]) for files in (good[REFERENCES + HELD_OUT :], bad)
+        torch.stack([load_image(Path(file)) for file in files]) for files in (good[REFERENCES + HELD_OUT :], bad)
     )
     return Parts(good[:REFERENCES], good[REFERENCES : REFERENCES + HELD_OUT], fresh, defective)
 
