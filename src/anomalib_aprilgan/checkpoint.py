@@ -1,232 +1,218 @@
-"""Adapters and where they come from: our safetensors with provenance, the authors' ``.pth`` files without."""
+"""What a checkpoint holds beside tensors, whether a model can take it, and how those of 0.1.0 are read."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import AnomalibDataModule
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .clip.architecture import ClipArchitecture
-from .clip.registry import BUILT_IN_CLIPS
-from .clip.state_dict import read_state_dict
-from .clip.weights import AUTHORS_ADAPTERS, authors_adapters
-from .files import write_atomically
+from .building import build_scorer
+from .classes import Classes
+from .clip.prompts import PromptEnsemble
+from .data.references import content_digests
+from .decision.fusion import ScoreFusion
+from .decision.post_processing import AprilGANPostProcessor
+from .network.model import AprilGANModel
+from .preparation.workplace import Made
+from .provenance import Provenance, check_shapes
+from .recipe import Recipe, RowRecipes
+from .settings import Settings
 
-# The mapping in the authors' files (train.py).
-AUTHORS_KEY = "trainable_linearlayer"
-METADATA_KEY = "anomalib_aprilgan"
-# The CLIP that the authors' adapters were trained for; its name comes with and without QuickGELU.
-AUTHORS_BACKBONES = ("ViT-L-14-336", "ViT-L-14-336-quickgelu")
-AUTHORS_STAGES = (6, 12, 18, 24)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What adapters were trained on and for; ``None`` or empty where that is not known.
-
-    Attributes:
-        trained_on: anomalib's data set names and the categories used; an empty list stands for all.
-        backbone: Architecture name.
-        fingerprint: Hash of CLIP's weights (:attr:`ClipBackbone.digest`).
-        stages: Tapped blocks, counted from 1.
-        quick_gelu: Activation CLIP ran with.
-        image_size: Height and width in pixels.
-        versions: Packages and their versions.
-    """
-
-    trained_on: dict[str, list[str]] = field(default_factory=dict)
-    backbone: str | None = None
-    fingerprint: str | None = None
-    stages: list[int] | None = None
-    quick_gelu: bool | None = None
-    image_size: list[int] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Provenance:
-        """From what :meth:`to_dict` returned; keys of later versions are left out."""
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
-
-    @classmethod
-    def of_training(
-        cls,
-        datamodule: AnomalibDataModule | None,
-        architecture: ClipArchitecture,
-        fingerprint: str,
-        stages: tuple[int, ...],
-    ) -> Provenance:
-        """What adapters trained now, on this data and for this CLIP, shall tell later."""
-        return cls(
-            trained_on=_datasets_of(datamodule),
-            backbone=architecture.name,
-            fingerprint=fingerprint,
-            stages=list(stages),
-            quick_gelu=architecture.quick_gelu,
-            image_size=list(architecture.image_size),
-            versions={name: version(name) for name in ("anomalib", "open_clip_torch", "torch")},
-        )
-
-    def with_earlier(self, trained_on: Mapping[str, list[str]]) -> Provenance:
-        """The same, with the data of an earlier training added; a data set without categories stands for all of it."""
-        merged = dict(self.trained_on)
-        for dataset, categories in trained_on.items():
-            ours = merged.get(dataset)
-            merged[dataset] = [] if not categories or ours == [] else sorted({*(ours or []), *categories})
-        return replace(self, trained_on=merged)
-
-    def overlap(self, datamodule: AnomalibDataModule | None) -> str | None:
-        """The data of a datamodule that the adapters were trained on, in words; ``None`` where there is none."""
-        for dataset, categories in _datasets_of(datamodule).items():
-            if dataset in self.trained_on:
-                seen = self.trained_on[dataset]
-                common = [category for category in categories if category in seen] if seen else categories
-                if common or not (seen and categories):
-                    return f"{dataset} ({', '.join(common)})" if common else dataset
-        return None
-
-    def check(self, architecture: ClipArchitecture, fingerprint: str, stages: tuple[int, ...], source: str) -> None:
-        """Refuse adapters that were trained for another CLIP or other stages; warn of another activation.
-
-        Raises:
-            ValueError: They were; both sides are named.
-        """
-        if self.stages is not None and tuple(self.stages) != stages:
-            msg = f"`adapters`: {source} was trained for stages {tuple(self.stages)}, the model taps {stages}."
-            raise ValueError(msg)
-        if self.fingerprint is not None and self.fingerprint != fingerprint:
-            msg = (
-                f"`adapters`: {source} was trained for the CLIP {self.backbone} with weights {self.fingerprint}, "
-                f"the model has {architecture.name} with weights {fingerprint}."
-            )
-            raise ValueError(msg)
-        if self.quick_gelu is not None and self.quick_gelu != architecture.quick_gelu:
-            ours, theirs = (("GELU", "QuickGELU")[flag] for flag in (architecture.quick_gelu, self.quick_gelu))
-            warnings.warn(
-                f"`adapters`: {source} was trained with a CLIP that runs {theirs}, this runs {ours} (`quick_gelu`).",
-                stacklevel=2,
-            )
+CHECKPOINT_KEY = "anomalib_aprilgan"
+_BACKBONE = "model._backbone."
+_FORMAT = 2
+# What checkpoints were made with that do not say it.
+_EARLIER_SETTINGS = {
+    "tile_size": None,
+    "smoothing_sigma": 0.0,
+    "neighbourhood": 1,
+    "top_share": 0.0,
+    "few_shot": "memory_bank",
+    "score_fusion": "mean",
+}
+# What memory banks and the bounds of the fused score rest on, and nothing else.
+_OF_REFERENCES = {"neighbourhood", "top_share", "few_shot", "score_fusion"}
+# Names of tensors in 0.1.0 and now.
+_RENAMED = {
+    r"model\.memory_banks\.(\d+)\.tokens": r"model.few_shot.remembered.\1.features",
+    r"post_processor\.map_maximum_min": "post_processor.fusion.low",
+    r"post_processor\.map_maximum_max": "post_processor.fusion.high",
+    r"post_processor\.calibrated": "post_processor.fixed",
+}
+_FEW_SHOT = "model.few_shot."
+_FEATURES = "model.few_shot.remembered.{}.features"
 
 
-def load_adapters(path: Path) -> tuple[dict[str, Tensor], Provenance]:
-    """Weights and provenance of an adapter file.
+def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: AprilGANModel) -> None:
+    """Complete a checkpoint with what a model needs beside the tensors, and leave the frozen CLIP out of them."""
+    tensors = checkpoint["state_dict"].items()
+    checkpoint["state_dict"] = {name: value for name, value in tensors if not name.startswith(_BACKBONE)}
+    checkpoint[CHECKPOINT_KEY] = {
+        "format": _FORMAT,
+        "classes": [list(pair) for pair in zip(made.classes.names, made.classes.words, strict=True)],
+        "rows": [recipes.to_dict() for recipes in made.rows],
+        "clip": network.backbone.digest if network.has_backbone else made.clip,
+        "settings": _settings_of(settings, few_shot=network.few_shot is not None),
+        "prompts": settings.prompts.to_dict(),
+        "provenance": made.provenance.to_dict(),
+        "has_trained": made.has_trained or settings.adapters is not None,
+    }
+    parameters = checkpoint["hyper_parameters"]
+    if isinstance(parameters.get("prompts"), str):  # a file that may be gone when the checkpoint is loaded
+        parameters["prompts"] = settings.prompts.to_dict()
 
-    Args:
-        path: Our ``.safetensors`` or the authors' ``.pth``.
 
-    Returns:
-        ``fc.<i>.weight`` ``(D, C)`` and ``fc.<i>.bias`` ``(D,)``, and where they come from.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or holds no adapters.
-    """
-    state_dict = read_state_dict(path, "adapters", nested_under=AUTHORS_KEY)
-    if not all(name.startswith("fc.") for name in state_dict):
-        names = ", ".join(list(state_dict)[:3])
-        msg = f"`adapters`: {path} holds no adapters: expected names fc.<i>.weight and fc.<i>.bias, got {names}."
+def migrate(checkpoint: MutableMapping[str, Any]) -> None:
+    """Bring a checkpoint of 0.1.0 into today's form, in place; a ValueError for one of another model or version."""
+    content = checkpoint.get(CHECKPOINT_KEY)
+    if content is None:
+        msg = "`ckpt_path` must be a checkpoint that AprilGAN wrote; this one holds nothing of it."
         raise ValueError(msg)
-    return state_dict, _read_provenance(path)
+    if content.get("format", 1) > _FORMAT:
+        found = content["format"]
+        msg = f"`ckpt_path`: the checkpoint has format {found}, this version reads up to {_FORMAT}. Update the package."
+        raise ValueError(msg)
+    if "format" not in content:
+        checkpoint["state_dict"] = _migrated_tensors(checkpoint["state_dict"], len(content["class_names"]))
+        checkpoint[CHECKPOINT_KEY] = _migrated_content(content)
+        # Lightning keeps the post-processor's tensors a second time, under their old names.
+        checkpoint.get("callbacks", {}).pop("AprilGANPostProcessor", None)
 
 
-def save_adapters(path: Path, state_dict: Mapping[str, Tensor], provenance: Provenance) -> None:
-    """Write adapters and their provenance as safetensors, under a temporary name first."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    content = save(tensors, metadata={METADATA_KEY: json.dumps(provenance.to_dict())})
-    write_atomically(path, lambda file: file.write(content))
+def check(checkpoint: MutableMapping[str, Any], settings: Settings, network: AprilGANModel) -> None:
+    """Raise a ValueError if a checkpoint is of another model, CLIP, other settings or adapters.
 
-
-def resolve_adapters(adapters: str, target: str | None, architecture: ClipArchitecture) -> str:
-    """The source that ``adapters`` stands for: ``"mvtec"``, ``"visa"`` or the path of a file.
-
-    Args:
-        adapters: What the user gave; ``"auto"`` chooses the authors' adapters that were not trained on the target,
-            and for the built-in CLIP the built-in ones.
-        target: anomalib's name of the data set to be inspected, where there is one.
-        architecture: The model's CLIP.
-
-    Raises:
-        ValueError: The authors' adapters are asked for and the CLIP is another.
+    The model is left alone. A checkpoint of 0.1.0 is brought into today's form, in place.
     """
-    if adapters not in {"auto", *AUTHORS_ADAPTERS}:
-        return adapters
-    if adapters == "auto" and architecture.name in BUILT_IN_CLIPS:
-        return str(BUILT_IN_CLIPS[architecture.name].adapters)
-    if architecture.name not in AUTHORS_BACKBONES:
+    migrate(checkpoint)
+    content, state_dict = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
+    recorded = content["clip"]
+    if network.has_backbone and recorded is not None and not network.backbone.matches(recorded):
         msg = (
-            f"`adapters={adapters!r}` were trained for the CLIP {AUTHORS_BACKBONES[0]}, the model has "
-            f"{architecture.name}. Pass an adapter file for it, or None to train fresh ones."
+            f"`pretrained`: the checkpoint belongs to a CLIP with weights {recorded}, "
+            f"the model has weights {network.backbone.digest}."
         )
         raise ValueError(msg)
-    if adapters != "auto":
-        return adapters
-    return next(name for name, source in AUTHORS_ADAPTERS.items() if source.trained_on != target)
+    few_shot = has_references(state_dict)
+    given = _EARLIER_SETTINGS | content["settings"]
+    for name, ours in _settings_of(settings, few_shot=few_shot).items():
+        if given[name] != ours and (few_shot or name not in _OF_REFERENCES):
+            msg = f"`{name}` of the checkpoint is {given[name]}, of the model {ours}. Set them alike."
+            raise ValueError(msg)
+    prefix = "model.adapters."
+    adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    check_shapes(adapters, network.adapters.state_dict(), "the checkpoint")
 
 
-def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:
-    """Weights and provenance of what :func:`resolve_adapters` returned.
+def restore(
+    checkpoint: Mapping[str, Any],
+    settings: Settings,
+    network: AprilGANModel,
+    own_fusion: ScoreFusion,
+    post_processor: nn.Module | None,
+) -> tuple[Settings, Made]:
+    """Make room for a checkpoint's tensors, and tell what they are and what they were made from.
 
-    Raises:
-        FileNotFoundError: The file is missing, or cannot be fetched.
-        ValueError: The file is damaged or holds no adapters.
+    Where the user gave no prompts, the checkpoint's hold on. Its tensors are completed by those of the network's CLIP.
     """
-    if source not in AUTHORS_ADAPTERS:
-        return load_adapters(Path(source).expanduser())
-    state_dict, provenance = load_adapters(authors_adapters(source))
-    known: dict[str, list[str]] = {AUTHORS_ADAPTERS[source].trained_on: []}
-    return state_dict, replace(
-        provenance, trained_on=known, backbone=AUTHORS_BACKBONES[0], stages=[*AUTHORS_STAGES], quick_gelu=False
+    content, state_dict = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
+    words = dict(content["classes"])
+    classes = Classes.of(words, settings.default_class if settings.default_class in words else None)
+    if network.few_shot is None and has_references(state_dict):
+        network.few_shot = build_scorer(settings)
+    none = [None] * len(classes)
+    network.set_rows(torch.empty_like(state_dict["model.text_features"]), none)
+    if network.few_shot is not None:
+        for row in range(len(classes)):
+            features = state_dict.setdefault(_FEATURES.format(row), torch.empty(0))
+            network.few_shot.set_features(row, torch.empty_like(features))
+    own_fusion.set_rows(none, network.map_limit)
+    for name, value in own_fusion.state_dict().items():
+        state_dict.setdefault(f"own_fusion.{name}", value)
+    if isinstance(post_processor, AprilGANPostProcessor):
+        post_processor.make_room(classes, network.map_limit, network.map_ceiling)
+    if network.has_backbone:
+        backbone = network.backbone.state_dict()
+        state_dict.update({f"{_BACKBONE}{name}": value for name, value in backbone.items()})
+    if settings.prompts == PromptEnsemble():
+        settings = replace(settings, prompts=PromptEnsemble.of(content["prompts"]))
+    return settings, Made(
+        classes=classes,
+        rows=[RowRecipes.from_dict(recipes) for recipes in content["rows"]],
+        provenance=Provenance.from_dict(content["provenance"]),
+        has_trained=content["has_trained"],
+        clip=content["clip"],
     )
 
 
-def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Refuse adapters of another width or for another number of stages.
+def has_references(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint's tensors hold what a few-shot scorer remembers."""
+    return any(name.startswith(_FEW_SHOT) for name in state_dict)
 
-    Raises:
-        ValueError: Both sides are named.
-    """
-    found_stages, stages = (len({name.split(".")[1] for name in names}) for names in (state_dict, expected))
-    if found_stages != stages:
-        msg = f"`adapters`: {source} is for {found_stages} stages, the model taps {stages}."
-        raise ValueError(msg)
-    if set(state_dict) != set(expected):
-        msg = f"`adapters`: {source} has {sorted(state_dict)}, the model needs {sorted(expected)}."
-        raise ValueError(msg)
+
+def _settings_of(settings: Settings, *, few_shot: bool) -> dict[str, Any]:
+    """What a checkpoint's tensors rest on: other settings would give other numbers without a word."""
+    return {
+        "stages": list(settings.stages),
+        "memory_stages": list(settings.memory_stages),
+        "quick_gelu": settings.architecture.quick_gelu,
+        "image_size": list(settings.architecture.image_size),
+        **{name: getattr(settings, name) for name in _EARLIER_SETTINGS},
+        "tile_size": settings.tile_size if few_shot else None,  # banks remember tiles
+    }
+
+
+def _migrated_tensors(state_dict: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    one, several, tensors = "post_processor.", "post_processor.by_class.", {}
     for name, value in state_dict.items():
-        if value.shape != expected[name].shape:
-            msg = (
-                f"`adapters`: {source} is for another CLIP: {name} is {tuple(value.shape)} (joint and vision width), "
-                f"the model needs {tuple(expected[name].shape)}."
-            )
-            raise ValueError(msg)
+        if name.startswith(f"{several}0."):
+            parts = [state_dict[name.replace(f"{several}0.", f"{several}{row}.")] for row in range(number)]
+            tensors[_renamed(name.replace(f"{several}0.", one))] = torch.stack(parts)
+        elif name.startswith(one) and not name.startswith(several):
+            tensors.setdefault(_renamed(name), value.reshape(1))
+        elif not name.startswith(one):
+            tensors[_renamed(name)] = value
+    filled = any(value.numel() for name, value in tensors.items() if name.startswith(_FEW_SHOT))
+    return {name: value for name, value in tensors.items() if filled or not name.startswith(_FEW_SHOT)}
 
 
-def _read_provenance(path: Path) -> Provenance:
-    if path.suffix != ".safetensors":
-        return Provenance()
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return Provenance.from_dict(json.loads(metadata[METADATA_KEY])) if METADATA_KEY in metadata else Provenance()
+def _renamed(name: str) -> str:
+    for old, new in _RENAMED.items():
+        name = re.sub(f"^{old}$", new, name)
+    return name
 
 
-def _datasets_of(datamodule: AnomalibDataModule | None) -> dict[str, list[str]]:
-    """Names that anomalib gives to the data sets of a datamodule, and their categories."""
-    if datamodule is None:
-        return {}
-    sources = getattr(datamodule, "sources", None)
-    if sources is not None:
-        return dict(sources)
-    return {datamodule.name: [datamodule.category] if datamodule.category else []}
+def _migrated_content(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipes know what 0.1.0 recorded; what they do not know does not count when they are compared."""
+    lists = dict(content["prompts"])
+    for own in lists.get("classes", {}).values():
+        own.pop("classes", None)  # 0.1.0 wrote empty ones
+    prompts = PromptEnsemble.of(lists)
+    rows = []
+    for name, words in content["class_names"].items():
+        normal, anomalous = prompts.of_class(name).sentences(words)
+        recipes = RowRecipes(text=Recipe.of(normal=normal, anomalous=anomalous), bounds=Recipe({}))
+        paths = [Path(path) for path in content["references"].get(name, [])]
+        if paths:
+            known = content_digests(paths) if all(path.is_file() for path in paths) else ["unknown"]
+            recipes.bank = Recipe.of(references=known, number=len(paths))
+            recipes.references = [str(path) for path in paths]
+            recipes.asked = " ".join(content["reference_keys"].get(name, []))
+        if name in content.get("calibration", {}):
+            recipes.calibration = Recipe({})
+        rows.append(recipes.to_dict())
+    return {
+        "format": _FORMAT,
+        "classes": [list(pair) for pair in content["class_names"].items()],
+        "rows": rows,
+        "clip": content["fingerprint"],
+        "settings": content["clip"],
+        "prompts": prompts.to_dict(),
+        "provenance": content["provenance"],
+        "has_trained": True,
+    }

@@ -12,13 +12,9 @@ from typing import IO
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of ``path``, renamed to ``path`` when the block ends without an error.
+    """A temporary name beside ``path``, renamed to it when the block ends, and removed after an error.
 
-    Whatever lies under the temporary name is removed after an error. The folder is created. The tempfile module is
-    not used: its files are readable by their owner alone.
-
-    Args:
-        path: The final name.
+    The folder is created. The tempfile module is not used: its files are readable by their owner alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -30,12 +26,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under a temporary name and rename it when it is complete.
-
-    Args:
-        path: The final name; its folder is created.
-        write: Writes the content to the open file.
-    """
+    """Let ``write`` fill an open file under a temporary name, renamed to ``path`` when it is complete."""
     with temporary_beside(path) as temporary, temporary.open("xb") as file:
         write(file)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from . import data
-from .clip.registry import register_clip
+from .clip.architecture import BUILT_IN_CLIPS
 from .data import AuxiliaryData, MultiCategoryData
 from .demo.built_in import CLIP
 from .demo.inspection import DrawnInspection
@@ -21,7 +21,7 @@ def register() -> None:
     """Set the attributes that anomalib looks up. Harmless when repeated."""
     # Not `import anomalib.models`: while the hook runs, the parent package has no such attribute yet.
     setattr(import_module("anomalib.models"), AprilGAN.__name__, AprilGAN)
-    register_clip(CLIP)
+    BUILT_IN_CLIPS[CLIP.architecture] = CLIP
     data.DrawnInspection = DrawnInspection  # type: ignore[attr-defined]  # where configs of 0.1.0 name it
     for datamodule in (AuxiliaryData, DrawnInspection, MultiCategoryData):
         setattr(import_module("anomalib.data"), datamodule.__name__, datamodule)

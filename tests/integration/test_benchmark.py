@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from anomalib_aprilgan import preparation
+from anomalib_aprilgan import AprilGAN, DrawnInspection
 from anomalib_aprilgan.clip.backbone import load_clip
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.evaluation import collecting
 from anomalib_aprilgan.evaluation.benchmark import main
 from anomalib_aprilgan.evaluation.cells import COLUMNS, FULL
+from anomalib_aprilgan.evaluation.many_banks import predict_banks
 from anomalib_aprilgan.evaluation.metrics import METRICS
 from anomalib_aprilgan.evaluation.plan import read_config
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
+from anomalib_aprilgan.preparation import network as preparation
 
 from ..conftest import DATASET
 from ..stand_ins import write_mvtec_ad, write_visa
@@ -102,8 +105,9 @@ def table_without_durations(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "results.csv").drop(columns="seconds")
 
 
-def test_models_side_by_side_leave_all_files(configure: Configure) -> None:
-    table, folder = run(configure(k_shot=[0, 2], model={"AprilGAN": OURS} | OTHERS))
+def test_models_side_by_side_leave_all_files(configure: Configure, drawn: dict[str, Any]) -> None:
+    few = drawn | {"init_args": drawn["init_args"] | {"num_test": 4}}  # the others take their time
+    table, folder = run(configure(k_shot=[0, 2], model={"AprilGAN": OURS} | OTHERS, data=few))
     assert tuple(table.columns) == COLUMNS
     random = [f"{name} (random weights)" for name in OTHERS]
     assert [(row.model, row.k_shot) for row in table.itertuples()] == [
@@ -115,8 +119,8 @@ def test_models_side_by_side_leave_all_files(configure: Configure) -> None:
     assert set(table.status) == {"done"}
     assert table[list(METRICS)].notna().all().all()
     assert table[list(METRICS)].stack().between(0, 1).all()
-    assert set(table.n_images) == {12}
-    assert set(table.n_anomalous) == {6}
+    assert set(table.n_images) == {8}
+    assert set(table.n_anomalous) == {4}
     assert table.image_auroc[0] > 0.55  # the trained one
     assert (table.seconds > 0).all()
 
@@ -160,6 +164,39 @@ def test_shared_pass_equals_the_settings_one_by_one(configure: Configure) -> Non
         assert shared.model.equals(single.model)
         assert (shared[list(METRICS)] - single[list(METRICS)]).abs().max().max() < tolerance
         assert shared.pixel_auroc.nunique() > 3  # the draws differ
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing_sigma": 1.5, "neighbourhood": 3, "memory_stages": (1, 3)}])
+def test_many_banks_from_one_pass_equal_predictions_one_by_one(
+    april_gan: Callable[..., AprilGAN], options: dict[str, Any]
+) -> None:
+    model = april_gan(class_name="tile", k_shot=4, references=str(DATASET / "tile" / "train" / "good"), **options)
+    model.setup("predict")
+    network, images = model.model, torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    banks = [[], [2], [0, 3], [3, 2, 1, 0]]
+    text, maps = predict_banks(network, network.few_shot, images, banks)
+    for bank, found in zip(banks, maps, strict=True):
+        with torch.no_grad():
+            alone = network.predict(images, without={0, 1, 2, 3} - set(bank), few_shot=bool(bank))
+        torch.testing.assert_close(found, alone.anomaly_map, atol=1e-6, rtol=0)
+        torch.testing.assert_close(text, alone.text_probability, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shared_pass", [True, False])
+def test_given_references_serve_all_settings_that_take_some(
+    configure: Configure, drawn: dict[str, Any], shared_pass: bool
+) -> None:
+    data = DrawnInspection(**drawn["init_args"])
+    data.prepare_data()
+    data.setup()
+    given = sorted(data.train_data.samples.image_path)[:2]
+    ours = OURS | {"init_args": OURS["init_args"] | {"references": given}}
+    table, folder = run(configure(k_shot=[0, 2], model={"AprilGAN": ours}, shared_pass=shared_pass))
+    assert list(table.status) == ["done", "done"]
+    assert table.pixel_auroc[0] != table.pixel_auroc[1]
+    if shared_pass:
+        cells = json.loads((folder / "results.json").read_text())["cells"]
+        assert [cell["details"]["references"] for cell in cells] == [[], given]
 
 
 def test_killed_and_restarted_equals_undisturbed(configure: Configure, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.demo import built_in
-from anomalib_aprilgan.evaluation import built_in as evaluation
+from anomalib_aprilgan.demo.studies import built_in as study
 
 
 def build(class_name: str, **overrides: object) -> AprilGAN:
@@ -29,7 +29,7 @@ def build(class_name: str, **overrides: object) -> AprilGAN:
 
 @pytest.fixture(autouse=True)
 def one_number_of_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "SHOTS", (4,))
+    monkeypatch.setattr(study, "SHOTS", (4,))
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +38,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def product(root: Path) -> evaluation.Product:
-    return evaluation.load_product(root, "leather", 7)
+def product(root: Path) -> study.Product:
+    return study.load_product(root, "leather", 7)
 
 
-def test_product_has_enough_good_and_bad_pictures(product: evaluation.Product) -> None:
+def test_product_has_enough_good_and_bad_images(product: study.Product) -> None:
     assert product.labels.sum() == (1 - product.labels).sum() == 42
     assert torch.equal(product.masks.flatten(1).amax(dim=1), product.labels)
     assert len(product.references) == 4
 
 
-def test_figures_are_those_of_scikit_learn(product: evaluation.Product) -> None:
+def test_figures_are_those_of_scikit_learn(product: study.Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "SHOTS", ())
     model = build("leather")
     model.setup("predict")
     with torch.no_grad():
-        output = model.model(model.pre_processor(product.images))
-    figures = evaluation.shots(build, "leather", product)["0-shot"]
+        output = model.model(model.pre_processor(product.images))  # not by the study's own way
+    figures = study.shots(build, "leather", product)["0-shot"]
     pixels, truth = output.anomaly_map.flatten().numpy(), product.masks.flatten().numpy()
     assert figures["pixel AUROC"] == pytest.approx(roc_auc_score(truth, pixels), abs=1e-5)
     assert figures["pixel AP"] == pytest.approx(average_precision_score(truth, pixels), abs=1e-5)
     assert figures["image AUROC"] == pytest.approx(roc_auc_score(product.labels, output.pred_score), abs=1e-6)
-    scores = evaluation.zero_shot_scores(model, product)["0-shot"]
+    scores = study.zero_shot_scores(model, product)["0-shot"]
     dent = np.isin(product.kinds, ["good", "dent"])
     expected = roc_auc_score(product.labels[dent], output.pred_score[dent])
     assert scores["dent"] == pytest.approx(expected, abs=1e-6)
@@ -67,11 +68,12 @@ def test_figures_are_those_of_scikit_learn(product: evaluation.Product) -> None:
 def test_command_prints_tables_and_writes_every_value(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluation, "CATEGORIES", ("leather", "wood"))
-    monkeypatch.setattr(evaluation, "CAPTIONED_CATEGORIES", ("wood",))
-    monkeypatch.setattr(evaluation, "UNSEEN_CATEGORIES", ("leather",))
+    monkeypatch.setattr(study, "TEST_IMAGES", 14)  # one of every kind of defect
+    monkeypatch.setattr(study, "CATEGORIES", ("leather", "wood"))
+    monkeypatch.setattr(study, "CAPTIONED_CATEGORIES", ("wood",))
+    monkeypatch.setattr(study, "UNSEEN_CATEGORIES", ("leather",))
     out = tmp_path / "figures.json"
-    evaluation.main(["--root", str(root), "--seeds", "2", "--first-seed", "7", "--out", str(out)])
+    study.main(["--root", str(root), "--seeds", "2", "--first-seed", "7", "--out", str(out)])
     figures = json.loads(out.read_text())["figures"]
     values = figures["leather"]["0-shot"]["AUPRO"]
     table = capsys.readouterr().out

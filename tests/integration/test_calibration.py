@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def test_half_is_the_threshold_and_the_ends_are_fixed(calibrated: AprilGAN) -> N
     before = calibrated(images)
     # A threshold set by name, just below and above a score, decides about it.
     raw = calibrated.model(calibrated.pre_processor(images))  # type: ignore[misc]
-    fused = post_processor(calibrated).fuse(raw.pred_score, raw.anomaly_map)
+    fusion = post_processor(calibrated).fusion
+    fused = fusion(raw.pred_score, fusion.statistic(raw.anomaly_map))
     for offset, label in ((-1e-4, True), (1e-4, False)):
         post_processor(calibrated).set_values(image_threshold=fused[0].item() + offset)
         assert bool(calibrated(images).pred_label[0]) is label
@@ -127,7 +129,7 @@ def test_engine_calibrates_by_itself_and_checkpoints_keep_it(april_gan: Build, t
     shutil.rmtree(folder)  # the checkpoint has what is needed
 
     for fresh in (AprilGAN.load_from_checkpoint(tmp_path / "model.ckpt"), april_gan(class_name="bottle", k_shot=2)):
-        path = None if fresh.calibration else tmp_path / "model.ckpt"
+        path = None if fresh.settings.calibration else tmp_path / "model.ckpt"
         after = engine(tmp_path / "after").predict(
             fresh, data_path=DATASET / "bottle" / "test" / "hole", ckpt_path=path
         )
@@ -141,7 +143,7 @@ def test_other_references_are_calibrated_anew(calibrated: AprilGAN) -> None:
     before = post_processor(calibrated).values()
     calibrated.setup("predict")
     assert post_processor(calibrated).values() == before
-    calibrated.preparation.references = good("bottle")[2:4]
+    calibrated.settings = replace(calibrated.settings, references=good("bottle")[2:4])
     calibrated.setup("predict")
     assert post_processor(calibrated).values()["image_threshold"] != before["image_threshold"]
 
@@ -167,7 +169,7 @@ def test_tiles(april_gan: Build) -> None:
     arguments: dict[str, Any] = {"class_name": "bottle", "k_shot": 2, "references": good("bottle")[:2]}
     model = april_gan(tile_size=48, calibration="references", false_positive_rate=SHARE, **arguments)
     model.setup("predict")
-    assert model.model.memory_bank().k_shot > 2
+    assert model.model.few_shot.number(0) > 2
     result = model(images_of(good("bottle")[:1]))
     assert torch.equal(result.pred_label, result.pred_score > 0.5)
     assert post_processor(model).values()["image_threshold"] not in {0.0, 0.5}

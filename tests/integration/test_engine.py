@@ -63,7 +63,7 @@ def test_a_step_changes_adapters_and_leaves_clip_bit_identical(april_gan: Build,
     assert equal(clip_parameters(model), before_clip)
     assert all(not torch.equal(value, before[name]) for name, value in adapters(model).items())
     assert not any(parameter.requires_grad for parameter in model.model.backbone.parameters())
-    assert model.learning_type == LearningType.ZERO_SHOT
+    assert model.learning_type == LearningType.ONE_CLASS  # a second fit trains on
 
 
 def test_given_adapters_are_never_trained(april_gan: Build, tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_checkpoint_round_trip(april_gan: Build, tmp_path: Path, k_shot: int, mo
     )
     loaded = AprilGAN.load_from_checkpoint(checkpoint).eval()
     result = loaded(images)
-    assert loaded.model.class_names == ("bottle",)
-    assert loaded.preparation.reference_paths == model.preparation.reference_paths
-    assert sum(map(len, loaded.preparation.reference_paths.values())) == k_shot
+    assert loaded.classes.names == ("bottle",)
+    assert loaded.made.references == model.made.references
+    assert sum(map(len, loaded.made.references.values())) == k_shot
     for ours, theirs in zip(result, expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -222,12 +222,12 @@ def test_trained_checkpoint_serves_another_category(april_gan: Build, tmp_path: 
     (checkpoint,) = (tmp_path / "fit").glob("**/*.ckpt")
     model = april_gan()
     engine(tmp_path).test(model, datamodule=bottle(), ckpt_path=checkpoint, verbose=False)
-    assert model.model.class_names == ("bottle",)
+    assert model.classes.names == ("bottle",)
     assert equal(adapters(model), adapters(trained))
     # Without class names for its images, an export speaks of an "object".
     loaded = AprilGAN.load_from_checkpoint(checkpoint)
     loaded.to_torch(tmp_path)
-    assert loaded.model.class_names == ("object",)
+    assert loaded.classes.names == ("object",)
 
 
 def test_continued_training_remembers_all_data(april_gan: Build, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_continued_training_remembers_all_data(april_gan: Build, tmp_path: Path)
     model = april_gan(adapters=None)
     data = auxiliary(categories=["metal_nut"])
     engine(tmp_path / "b", max_epochs=2).fit(model, datamodule=data, ckpt_path=checkpoint)
-    assert model.preparation.provenance.trained_on == {"MVTecAD": ["metal_nut", "tile"]}
+    assert model.made.provenance.trained_on == {"MVTecAD": ["metal_nut", "tile"]}
 
 
 def test_saved_adapters_carry_their_provenance(april_gan: Build, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_saved_adapters_carry_their_provenance(april_gan: Build, tmp_path: Path)
     model = april_gan(adapters=str(file))
     model.setup("predict")
     assert equal(adapters(model), adapters(trained))
-    assert model.preparation.provenance.trained_on == {"MVTecAD": ["metal_nut", "tile"]}
+    assert model.made.provenance.trained_on == {"MVTecAD": ["metal_nut", "tile"]}
     with pytest.raises(ValueError, match=r"trained for stages \(1, 2, 3, 4\), the model taps \(1, 2, 3\)"):
         april_gan(adapters=str(file), stages=(1, 2, 3)).setup("predict")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
@@ -276,11 +276,12 @@ def test_printed_metrics_are_those_of_the_raw_scores(
     raw: list[tuple[np.ndarray, ...]] = []
     post_process, learn = model.post_processor.post_process_batch, model.post_processor.on_validation_epoch_end
 
-    def recording(batch: ImageBatch) -> None:
-        score = model.post_processor.fuse(batch.pred_score, batch.anomaly_map) if k_shot else batch.pred_score
+    def recording(batch: ImageBatch, rows: torch.Tensor) -> None:
+        fusion, score = model.post_processor.fusion, batch.pred_score
+        score = fusion(score, fusion.statistic(batch.anomaly_map)) if k_shot else score
         fields = (score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
         raw.append(tuple(np.asarray(field).copy() for field in fields))
-        post_process(batch)
+        post_process(batch, rows)
 
     def learning(*arguments: Any) -> None:
         learn(*arguments)
@@ -305,9 +306,9 @@ def test_metrics_hold_where_the_test_set_exceeds_the_validation_range(april_gan:
     raw: list[tuple[np.ndarray, np.ndarray]] = []
     post_process = model.post_processor.post_process_batch
 
-    def recording(batch: ImageBatch) -> None:
+    def recording(batch: ImageBatch, rows: torch.Tensor) -> None:
         raw.append((np.asarray(batch.pred_score).copy(), np.asarray(batch.gt_label)))
-        post_process(batch)
+        post_process(batch, rows)
         assert batch.pred_score.min() > 0
         assert batch.pred_score.max() < 1
 
@@ -377,19 +378,19 @@ def test_predict_reads_a_folder_of_a_camera(april_gan: Build, tmp_path: Path) ->
     batches = engine(tmp_path).predict(model, data_path=DATASET / "tile" / "test" / "hole")
     assert [Path(batch.image_path[0]).name for batch in batches] == ["000.png", "001.png", "002.png"]
     assert all(0 < batch.pred_score.item() < 1 for batch in batches)
-    assert model.model.class_names == ("object",)
+    assert model.classes.names == ("object",)
 
 
 def test_class_name_and_references_follow_the_datamodule(april_gan: Build, tmp_path: Path) -> None:
     model = april_gan(k_shot=2)
     runner = engine(tmp_path)
     runner.test(model, datamodule=bottle(), verbose=False)
-    (first,) = model.preparation.reference_paths.values()
+    (first,) = model.made.references.values()
     tile = MVTecAD(root=DATASET, category="tile", num_workers=0)
     runner.test(model, datamodule=tile, verbose=False)
-    assert model.model.class_names == ("tile",)
+    assert model.classes.names == ("tile",)
     assert all("/bottle/train/good/" in path for path in first)
-    assert all("/tile/train/good/" in path for path in model.preparation.reference_paths["tile"])
+    assert all("/tile/train/good/" in path for path in model.made.references["tile"])
 
 
 def test_changed_references_are_read_again(april_gan: Build, tmp_path: Path) -> None:
@@ -397,12 +398,12 @@ def test_changed_references_are_read_again(april_gan: Build, tmp_path: Path) -> 
     shutil.copytree(DATASET / "tile" / "train" / "good", folder)
     model = april_gan(k_shot=6, references=str(folder))
     model.setup("predict")
-    before = model.model.memory_bank().tokens
+    before = model.model.few_shot.features(0)
     model.setup("predict")
-    assert model.model.memory_bank().tokens is before
+    assert model.model.few_shot.features(0) is before
     shutil.copy(DATASET / "bottle" / "train" / "good" / "000.png", folder / "000.png")
     model.setup("predict")
-    assert not torch.equal(model.model.memory_bank().tokens, before)
+    assert not torch.equal(model.model.few_shot.features(0), before)
 
 
 def test_training_on_many_classes_and_then_a_plain_folder(april_gan: Build, tmp_path: Path) -> None:
@@ -411,7 +412,7 @@ def test_training_on_many_classes_and_then_a_plain_folder(april_gan: Build, tmp_
     runner.fit(model, datamodule=auxiliary())
     batches = runner.predict(model, data_path=DATASET / "tile" / "test" / "hole")
     assert len(batches) == 3
-    assert model.model.class_names == ("object",)
+    assert model.classes.names == ("object",)
 
 
 def test_references_without_masks_still_outline_something(april_gan: Build, tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_references_without_masks_still_outline_something(april_gan: Build, tmp_
     references = str(DATASET / "tile" / "train" / "good")
     model = april_gan(k_shot=4, references=references)
     model.setup("predict")
-    low, threshold = model.post_processor.map_maximum_min, model.post_processor.pixel_threshold
+    low, threshold = model.post_processor.fusion.low, model.post_processor.pixel_threshold
     assert 0 < low <= threshold < 6
 
 

@@ -63,7 +63,7 @@ def test_engine_and_checkpoint(april_gan: Build, tmp_path: Path, k_shot: int) ->
     model, runner = april_gan(k_shot=k_shot, visualizer=False), engine(tmp_path / "all")
     runner.validate(model, datamodule=categories())
     (together,) = runner.test(model, datamodule=categories(), verbose=False)
-    assert model.model.class_names == tuple(CATEGORIES)
+    assert model.classes.names == tuple(CATEGORIES)
     for metric in metrics["tile"]:
         values = [metrics[name][metric] for name in CATEGORIES]
         assert [together[f"{metric}/{name}"] for name in CATEGORIES] == pytest.approx(values, abs=1e-6)
@@ -120,7 +120,7 @@ def test_forward_takes_names(april_gan: Build) -> None:
     torch.testing.assert_close(model(images, "tile").pred_score, april_gan(class_name="tile")(images).pred_score)
     with pytest.raises(ValueError, match=r"nut is of none of the classes \('bottle', 'tile'\)"):
         model(images, "nut")
-    with pytest.raises(ValueError, match=r"`class_index` is needed to choose among the classes"):
+    with pytest.raises(ValueError, match=r"`class_name` is needed to choose among the classes"):
         model(images)
 
 
@@ -139,7 +139,7 @@ def test_export_is_of_the_default_class(april_gan: Build, tmp_path: Path) -> Non
         )
         alone = april_gan(class_name=name, k_shot=2, references=references[name])(images)
         np.testing.assert_allclose(outputs["pred_score"], alone.pred_score, atol=1e-5)
-        assert model.model.class_names == ("bottle", "tile")  # whole again
+        assert model.classes.names == ("bottle", "tile")  # whole again
         torch.testing.assert_close(model(images, name).pred_score, alone.pred_score, atol=1e-6, rtol=0)
 
 
@@ -155,11 +155,12 @@ def test_a_product_joins_a_trained_model(april_gan: Build, tmp_path: Path) -> No
     (good / "bottle").mkdir()
     shutil.copytree(DATASET / "tile" / "train" / "good", good / "tile")
     grown = april_gan(class_name=["tile", "bottle", "metal_nut"], k_shot=2, references=str(good))
-    batches = engine(tmp_path).predict(grown, data_path=DATASET / "tile" / "test", ckpt_path=tmp_path / "two.ckpt")
+    new = shutil.copytree(DATASET / "tile" / "test" / "hole", tmp_path / "new" / "tile")  # folders above do not count
+    batches = engine(tmp_path).predict(grown, data_path=new, ckpt_path=tmp_path / "two.ckpt")
     alone = april_gan(class_name="tile", k_shot=2, references=str(good / "tile"))
-    assert_same(by_path(batches), by_path(engine(tmp_path).predict(alone, data_path=DATASET / "tile" / "test")))
-    assert torch.equal(grown.model.memory_bank(1).tokens, model.model.memory_bank(0).tokens)
-    assert [len(paths) for paths in grown.preparation.reference_paths.values()] == [2, 2, 2]
+    assert_same(by_path(batches), by_path(engine(tmp_path).predict(alone, data_path=new)))
+    assert torch.equal(grown.model.few_shot.features(1), model.model.few_shot.features(0))
+    assert [len(paths) for paths in grown.made.references.values()] == [2, 2, 2]
 
 
 def test_words_of_a_class_come_from_aliases_and_prompts_by_its_name(april_gan: Build, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from anomalib_aprilgan.checkpoint import load_adapters
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.demo.drawn_clip.pretrain import UNSEEN_CATEGORIES
 from anomalib_aprilgan.demo.quickstart import CATEGORY, METRICS, SHOTS, SHOWN_DEFECTS
+from anomalib_aprilgan.provenance import load_adapters
 
 # Runs a command and writes its peak memory in kilobytes. From a small process of its own: Linux counts for a child what
 # its parent had at the fork, and a worker that has run other tests may have more than the command ever takes.

@@ -12,7 +12,8 @@ import pytest
 import torch
 from anomalib.data import MVTecAD, PredictDataset
 from anomalib.engine import Engine
-from lightning.pytorch import Callback
+from anomalib.models import Padim
+from lightning.pytorch import Callback, seed_everything
 from torch.utils.data import DataLoader
 
 from anomalib_aprilgan import AprilGAN
@@ -175,3 +176,20 @@ def test_a_class_without_defects_has_no_metric_and_does_not_count(april_gan: Bui
     assert {name.partition("/")[0] for name in metrics} >= {"image_AUROC", "image_F1Max", "pixel_AUROC", "pixel_AUPRO"}
     for name, value in metrics.items():
         assert value == metrics[f"{name.partition('/')[0]}/bottle"]
+
+
+def test_the_next_model_of_an_engine_is_left_alone(april_gan: Build, tmp_path: Path) -> None:
+    """Lightning keeps a model's callbacks: ours would resize and scale the next model's images and scores too."""
+
+    def trained(runner: Engine) -> Any:
+        seed_everything(0)
+        model = Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=20, visualizer=False)
+        runner.fit(model, datamodule=one())
+        return runner.predict(model, datamodule=one())
+
+    alone, shared = engine(tmp_path / "alone", max_epochs=1), engine(tmp_path / "shared", max_epochs=1)
+    shared.test(april_gan(), datamodule=one(), verbose=False)
+    assert not [callback for callback in shared.trainer.callbacks if type(callback).__module__.startswith("anomalib_")]
+    for ours, theirs in zip(trained(shared), trained(alone), strict=True):
+        assert ours.image.shape == theirs.image.shape
+        torch.testing.assert_close(ours.pred_score, theirs.pred_score)

@@ -1,9 +1,8 @@
-"""Large images in tiles, through the Engine, with references, classes and all that must be refused."""
+"""Large images in tiles, through the Engine, with references and classes, and what raises an error."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import gc
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from anomalib_aprilgan import AprilGAN, AuxiliaryData
 from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
+from anomalib_aprilgan.data.references import read_reference
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.demo.drawing import TEXTURES, draw_twins
 from anomalib_aprilgan.demo.drawn_clip.pretrain import UNSEEN_CATEGORIES
-from anomalib_aprilgan.network.tiling import TiledMap
+from anomalib_aprilgan.network.tiling import TiledMap, tile_positions
 
 from ..conftest import DATASET
 
@@ -35,25 +35,8 @@ BUILT_IN: dict[str, Any] = {
     "stages": built_in.STAGES,
     "memory_stages": built_in.MEMORY_STAGES,
 }
-# A process of its own: the peak of this one would be that of the largest test.
-MEMORY = f"""
-import torch
-from anomalib_aprilgan import AprilGAN
-
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-
-model = AprilGAN(**{BUILT_IN!r}, class_name="leather", tile_size=1024)
-model.setup("predict")
-model.eval()
-model(torch.rand(1, 3, 1024, 1024))
-before = peak()
-with torch.no_grad():
-    out = model(torch.rand(1, 3, 4096, 8192))
-assert out.anomaly_map.shape == out.pred_mask.shape == (1, 4096, 8192)
-print(peak() - before)
-"""
+GOOD = DATASET / "tile" / "train" / "good"
+PROCESS = Path("/proc/self")
 
 
 def engine(folder: Path, **options: Any) -> Engine:
@@ -71,26 +54,33 @@ def raw(model: AprilGAN) -> AprilGAN:
     return model.eval()
 
 
+def blended(model: AprilGAN, image: Tensor, side: int, overlap: float) -> tuple[Tensor, Tensor]:
+    """Map of an image from those of its tiles, and the tiles' text probabilities, by a model of whole images."""
+    whole, scores = TiledMap(image.shape[-2], image.shape[-1], side, overlap), []
+    for top, left in whole.positions:
+        one = model.predict(image[..., top : top + side, left : left + side])
+        whole.add(one.anomaly_map[0], top, left)
+        scores.append(one.text_probability)
+    return whole.result(), torch.cat(scores)
+
+
 @pytest.mark.parametrize("k_shot", [0, 2])
 def test_tiles_are_inspected_one_by_one_and_blended(april_gan: Build, k_shot: int) -> None:
-    given = {"references": str(DATASET / "tile" / "train" / "good")} if k_shot else {}
+    given = {"references": str(GOOD)} if k_shot else {}
     arguments: dict[str, Any] = {"class_name": "tile", "k_shot": k_shot, **given}
     tiled = raw(april_gan(**arguments, tile_size=100, tile_overlap=0.3))
     image = large()
     out = tiled(image)
     assert out.anomaly_map.shape == (1, 150, 230)
     # The same, tile by tile: a model of whole images with the bank of the tiled one.
-    single = raw(april_gan(class_name="tile"))
-    single.model.memory_banks = tiled.model.memory_banks
-    blended, scores = TiledMap(150, 230, 100, 0.3), []
-    for top, left in blended.positions:
-        one = single.model(single.pre_processor(image[..., top : top + 100, left : left + 100]))
-        blended.add(one.anomaly_map[0], top, left)
-        scores.append(one.pred_score)
-    torch.testing.assert_close(out.anomaly_map[0], blended.result(), atol=1e-4, rtol=0)
+    single = raw(april_gan(**arguments))
+    if k_shot:
+        single.model.few_shot.set_features(0, tiled.model.few_shot.features(0))
+    expected, scores = blended(single, image, 100, 0.3)
+    torch.testing.assert_close(out.anomaly_map[0], expected, atol=1e-4, rtol=0)
     assert len(scores) == 6
     if not k_shot:
-        torch.testing.assert_close(out.pred_score, torch.stack(scores).amax(dim=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.pred_score, scores.amax()[None], atol=1e-5, rtol=0)
 
 
 def test_small_images_are_one_tile(april_gan: Build) -> None:
@@ -100,16 +90,33 @@ def test_small_images_are_one_tile(april_gan: Build) -> None:
     torch.testing.assert_close(tiled(image).anomaly_map, whole(image).anomaly_map, atol=1e-4, rtol=0)
 
 
-def test_references_are_cut_into_tiles_and_held_out_picture_by_picture(april_gan: Build) -> None:
-    references = str(DATASET / "tile" / "train" / "good")
-    model = april_gan(class_name="tile", k_shot=2, references=references, tile_size=64)
-    model.setup("predict")
-    pictures = model.model.memory_bank().k_shot // 2
-    assert pictures > 1  # 96 px in tiles of 64
-    tokens = model.model.memory_bank().tokens
-    assert [len(stage) for stage in model.model.memory_bank().stages(without=range(pictures))] == [pictures] * 4
-    assert [len(paths) for paths in model.preparation.reference_paths.values()] == [2]
-    assert tokens.shape[1] == 2 * pictures
+def test_references_are_remembered_in_tiles_and_held_out_image_by_image(april_gan: Build) -> None:
+    given: dict[str, Any] = {"class_name": "tile", "k_shot": 2, "references": str(GOOD)}
+    tiled, single = april_gan(**given, tile_size=64), april_gan(**given)
+    for model in (tiled, single):
+        model.setup("predict")
+    (files,) = tiled.made.references.values()
+    images = [read_reference(Path(file)) for file in files]
+    # Remembered are tiles side by side.
+    cut = [
+        single.pre_processor(image[..., top : top + 64, left : left + 64])
+        for image in images
+        for top, left in tile_positions(image.shape[-2], image.shape[-1], 64, 0.0)
+    ]
+    tokens = single.model.encode(torch.cat(cut)).patch_tokens
+    features = tiled.model.few_shot.features(0)
+    torch.testing.assert_close(features, F.normalize(torch.stack(tokens), dim=-1), atol=1e-5, rtol=0)
+    of_each = len(cut) // 2
+    assert of_each > 1  # 96 px in tiles of 64
+    # Held out are all tiles of an image; it is inspected as any other, in overlapping tiles.
+    highest = []
+    for image, others in zip(images, (features[:, of_each:], features[:, :of_each]), strict=True):
+        single.model.few_shot.set_features(0, others)
+        with torch.no_grad():
+            highest.append(blended(single, image, 64, 0.25)[0].amax().item())
+    values = tiled.post_processor.values()
+    assert values["map_maximum_min"] == pytest.approx(min(highest), abs=1e-5)
+    assert values["pixel_threshold"] == pytest.approx(max(highest), abs=1e-5)
 
 
 def test_engine_has_maps_and_masks_at_full_size(april_gan: Build, tmp_path: Path) -> None:
@@ -144,7 +151,7 @@ def test_what_is_refused(april_gan: Build, tmp_path: Path) -> None:
 
 
 def test_bank_of_tiles_does_not_serve_whole_images(april_gan: Build, tmp_path: Path) -> None:
-    references = str(DATASET / "tile" / "train" / "good")
+    references = str(GOOD)
     given: dict[str, Any] = {"class_name": "tile", "k_shot": 2, "references": references}
     model, runner = april_gan(**given, tile_size=64), engine(tmp_path)
     runner.predict(model, data_path=DATASET / "tile" / "test" / "hole")
@@ -166,7 +173,7 @@ def spread(piece: NDArray[Any]) -> NDArray[Any]:
     return np.pad(piece, borders, mode="symmetric")
 
 
-def large_picture(category: str, seed: int, kind: str) -> tuple[Tensor, Tensor]:
+def large_image(category: str, seed: int, kind: str) -> tuple[Tensor, Tensor]:
     """``(3, 1024, 2048)`` of a texture with one defect, at a place drawn by the seed, and its mask ``(1024, 2048)``."""
     twins = draw_twins(category, seed, 0, kind, SIDE)
     places = np.zeros((ROWS * SIDE, COLUMNS * SIDE), dtype=bool)
@@ -186,10 +193,10 @@ def points_at(anomaly_map: Tensor, mask: Tensor, patch: tuple[int, int]) -> bool
     return bool((((rows - row).abs() < patch[0]) & ((columns - column).abs() < patch[1])).any())
 
 
-def test_small_defects_of_large_pictures_are_found_in_tiles_alone() -> None:
-    """Twelve pictures of textures that nobody was shown, each with one small defect in 2 million pixels.
+def test_small_defects_of_large_images_are_found_in_tiles_alone() -> None:
+    """Twelve images of textures that nobody was shown, each with one small defect in 2 million pixels.
 
-    Zero-shot. "Found" is within a patch, which of a squashed picture are 85 x 170 pixels.
+    Zero-shot. "Found" is within a patch, which of a squashed image are 85 x 170 pixels.
     """
     grid = built_in.IMAGE_SIZE // 8
     textures = [category for category in UNSEEN_CATEGORIES if category in TEXTURES]
@@ -199,7 +206,7 @@ def test_small_defects_of_large_pictures_are_found_in_tiles_alone() -> None:
         tiled = raw(AprilGAN(**BUILT_IN, class_name=category, tile_size=SIDE))
         whole = raw(AprilGAN(**BUILT_IN, class_name=category))
         for seed, kind in product((1, 2), ("crack", "contamination", "fibre")):
-            image, mask = large_picture(category, seed, kind)
+            image, mask = large_image(category, seed, kind)
             assert 0 < mask.float().mean() < 0.0005
             with torch.no_grad():
                 maps = tiled(image[None]).anomaly_map[0], whole(image[None]).anomaly_map[0]
@@ -211,9 +218,21 @@ def test_small_defects_of_large_pictures_are_found_in_tiles_alone() -> None:
     assert (in_tiles & ~at_once).mean() >= 1 / 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+def resident_peak() -> int:
+    """Most memory in bytes that this process has had since the peak was reset."""
+    status = (PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+
+@pytest.mark.skipif(not (PROCESS / "clear_refs").exists(), reason="the peak of memory is read from /proc")
 def test_memory_of_a_very_large_image() -> None:
     """8192 x 4096 pixels through all of the model: the image takes 403 MB, its map 134."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=250, check=False)
-    assert run.returncode == 0, run.stderr
-    assert 500 < int(run.stdout) / 1e6 < 2000
+    model = AprilGAN(**BUILT_IN, class_name="leather", tile_size=1024).eval()
+    with torch.no_grad():
+        model(torch.rand(1, 3, 1024, 1024))
+        gc.collect()
+        (PROCESS / "clear_refs").write_text("5")  # the peak starts anew
+        before = resident_peak()
+        out = model(torch.rand(1, 3, 4096, 8192))
+    assert out.anomaly_map.shape == out.pred_mask.shape == (1, 4096, 8192)
+    assert 500 < (resident_peak() - before) / 1e6 < 2000

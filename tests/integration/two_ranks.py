@@ -41,10 +41,11 @@ def evaluate(arguments: dict[str, Any], dataset: str, folder: str, **trainer: An
     data = interleaved(dataset)
     runner.validate(model, datamodule=data)
     (metrics,) = runner.test(model, datamodule=data, verbose=False)
+    scorer = model.model.few_shot
     return {
         "metrics": metrics,
-        "values": {name: model.post_processor.of_class(name).values() for name in model.model.class_names},
-        "banks": [model.model.memory_bank(number).tokens for number in range(len(CATEGORIES))],
+        "values": {name: model.post_processor.of_class(name).values() for name in model.classes.names},
+        "banks": [] if scorer is None else [scorer.features(row) for row in range(len(CATEGORIES))],
     }
 
 

@@ -20,7 +20,7 @@ from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.clip.architecture import ClipArchitecture
 from anomalib_aprilgan.clip.backbone import load_clip
 from anomalib_aprilgan.clip.prompts import PromptEnsemble
-from anomalib_aprilgan.data.mosaic import mosaic
+from anomalib_aprilgan.data.multi_category import mosaic
 from anomalib_aprilgan.data.pre_processing import resize_mask
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.network.losses import adapter_loss, dice_loss, focal_loss
@@ -108,14 +108,14 @@ def test_tokens_maps_and_scores_from_preprocessed_images(
         model = _model(april_gan, small_clip, case, class_name=category)
         model.setup("predict")
         images = preprocessed["test"][chosen]
-        output = model.model.encode(images)
-        assert _max_difference(output.image_feature, recorded["image_features_raw"][chosen]) < TOKENS
         tapped = sorted({*case["features_list"], *(case.get("few_shot_features") or [])})
+        output = model.model.backbone(images, tapped)
+        assert _max_difference(output.image_feature, recorded["image_features_raw"][chosen]) < TOKENS
         for key, stages in (("", case["features_list"]), ("_fs", case.get("few_shot_features"))):
             for stage_number, stage in enumerate(stages or []):
                 for row, index in enumerate(case["detail_index"]):
                     if f"detail_patch_tokens{key}" in recorded and chosen.start <= index < chosen.stop:
-                        ours = output.patch_tokens[tapped.index(stage)][index - chosen.start]
+                        ours = output.tokens_of(stage)[index - chosen.start]
                         theirs = recorded[f"detail_patch_tokens{key}"][row, stage_number, 1:]
                         assert _max_difference(ours, theirs) < TOKENS
         with torch.no_grad():
@@ -126,7 +126,12 @@ def test_tokens_maps_and_scores_from_preprocessed_images(
 
 @pytest.mark.parametrize("name", ["quickgelu_f1234_k4", "quickgelu_f24_fs13_k4", "gelu_f1234_k4"])
 def test_few_shot_maps_and_fused_scores(
-    april_gan: Callable[..., AprilGAN], small_clip: Any, preprocessed: dict[str, Tensor], name: str, tmp_path: Path
+    april_gan: Callable[..., AprilGAN],
+    small_clip: Any,
+    preprocessed: dict[str, Tensor],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Through anomalib's Engine, the test set as validation set: the authors' score, before and after the scale."""
     case, recorded = _case(name)
@@ -138,18 +143,26 @@ def test_few_shot_maps_and_fused_scores(
         labels = torch.tensor(["/good/" not in image for image in case["images"][chosen]])
         raw, scaled = [], []
         for store, normalised in ((raw, False), (scaled, True)):
-            post_processor = AprilGANPostProcessor(8.0, fuse_map_maximum=True, enable_normalization=normalised)
+            post_processor = AprilGANPostProcessor(enable_normalization=normalised)
             model = _model(
                 april_gan,
                 small_clip,
                 case,
                 class_name=category,
+                k_shot=len(references),
+                references=[str(DATASET / file) for file in references],
                 pre_processor=False,
                 post_processor=post_processor,
                 visualizer=False,
             )
-            model.setup("predict")
-            model.model.remember(preprocessed["train"][[train_images.index(file) for file in references]])
+            # What the authors' own pre-processing makes of the references, in place of ours.
+            monkeypatch.setattr(
+                "anomalib_aprilgan.preparation.network.read_reference",
+                lambda file: preprocessed["train"][[train_images.index(file.relative_to(DATASET).as_posix())]],
+            )
+            monkeypatch.setattr(
+                "anomalib_aprilgan.preparation.decision.read_reference", lambda _: torch.zeros(1, 3, 96, 96)
+            )
             loader = DataLoader([0], collate_fn=lambda _, i=images, y=labels: ImageBatch(image=i.clone(), gt_label=y))
             engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1)
             engine.test(model, dataloaders=loader)
@@ -223,12 +236,14 @@ def test_adapters_after_recorded_training_steps(
     model.setup("fit")
     names = PromptEnsemble()
     features = [model.model.backbone.encode_states(*names.sentences(category)) for category in CATEGORIES]
-    model.model.set_classes(CATEGORIES, torch.stack(features))
+    model.model.set_rows(torch.stack(features), [None] * len(features))
     model.model.adapters.load_state_dict({k.removeprefix("init/"): v for k, v in recorded.items() if "init/" in k})
     optimizer = model.configure_optimizers()
     for number, step in enumerate(steps[:6], start=1):
         index = [files.index(image) for image in step["images"]]
-        maps = model.model.stage_probabilities(preprocessed["test"][index], model.model.class_index(step["cls_name"]))
+        maps = model.model.stage_probabilities(
+            preprocessed["test"][index], torch.tensor([CATEGORIES.index(name) for name in step["cls_name"]])
+        )
         target = preprocessed["mask"][index]
         assert focal_loss(maps[0], target).item() == pytest.approx(step["focal"][0], abs=1e-4)
         loss = adapter_loss(maps, target)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_aprilgan.data import AuxiliaryData
-from anomalib_aprilgan.data.class_batch import ClassImageBatch, ClassImageItem
-from anomalib_aprilgan.data.multi_category import MultiCategoryDataset
+from anomalib_aprilgan.data.multi_category import ClassImageBatch, ClassImageItem, MultiCategoryDataset
 from anomalib_aprilgan.data.pre_processing import EightBitResize
 
 from ..conftest import DATASET

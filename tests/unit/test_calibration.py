@@ -1,26 +1,30 @@
+"""Thresholds from normal images: quantiles by hand, which files count, and light variants of references."""
+
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from anomalib_aprilgan.decision.calibration import Calibration, light_variant
-from anomalib_aprilgan.network.memory_bank import MemoryBank
+from anomalib_aprilgan.decision.calibration import Calibration, Score, light_variant
 
 
 def write(folder: Path, number: int, first: int = 0) -> list[str]:
-    """Flat grey pictures, one level brighter than the other."""
+    """Flat grey images, one level brighter than the other."""
     folder.mkdir(exist_ok=True)
     for level in range(first, first + number):
         Image.fromarray(np.full((24, 24, 3), level, dtype=np.uint8)).save(folder / f"{level:03d}.png")
     return [str(folder / f"{level:03d}.png") for level in range(first, first + number)]
 
 
-def level(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A score that is the picture's grey level, and a map maximum ten times as high."""
+def level(image: Tensor, without: Collection[int]) -> tuple[Tensor, Tensor]:
+    """A score that is the image's grey level, and a map maximum ten times as high."""
     return 255.0 * image.mean(), 2550.0 * image.mean()
 
 
@@ -29,7 +33,7 @@ class TestHeldOut:
         write(tmp_path / "good", 199, first=1)
         calibration = Calibration(str(tmp_path / "good"), false_positive_rate=0.1)
         files = calibration.files_of("nut", ["nut"], [])
-        found = calibration.thresholds(files, MemoryBank(), lambda _: 1, level)
+        found = calibration.thresholds(files, lambda _: 1, level)
         # Levels 1 to 199: the mean of ceil(199 u) over u with Beta(180, 20), which is 199 * 0.9 + 0.5.
         assert found.image == pytest.approx(179.6, abs=0.01)
         assert found.pixel == pytest.approx(1796.0, abs=0.1)
@@ -65,88 +69,55 @@ class TestHeldOut:
             Calibration(str(tmp_path / "empty")).files_of("nut", ["nut"], [])
 
 
-class TestReferences:
-    def bank(self, number: int) -> MemoryBank:
-        bank = MemoryBank()
-        bank.fill([torch.eye(number).unsqueeze(1)])  # picture n is direction n
-        return bank
+def noting(seen: list[list[int]]) -> Score:
+    """Scores by grey level, and writes down which remembered images each image was scored without."""
 
+    def score(image: Tensor, without: Collection[int]) -> tuple[Tensor, Tensor]:
+        seen.append(list(without))
+        return level(image, without)
+
+    return score
+
+
+class TestReferences:
     def test_each_is_left_out_in_turn(self, tmp_path: Path) -> None:
         files = [Path(name) for name in write(tmp_path / "good", 3)]
-        bank, seen = self.bank(3), []
-
-        def score(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            seen.append(bank.tokens[0, :, 0].argmax(dim=-1).tolist())
-            return level(image)
-
-        Calibration("references", 0.05).thresholds(files, bank, lambda _: 1, score)
+        seen: list[list[int]] = []
+        Calibration("references", 0.05).thresholds(files, lambda _: 1, noting(seen))
         each = len(seen) // 3
         assert each == 1 + 12
-        assert seen == [[1, 2]] * each + [[0, 2]] * each + [[0, 1]] * each
-        assert bank.k_shot == 3
+        assert seen == [[0]] * each + [[1]] * each + [[2]] * each
 
     def test_with_all_its_tiles(self, tmp_path: Path) -> None:
         files = [Path(name) for name in write(tmp_path / "good", 2)]
-        bank, seen = self.bank(6), []
-
-        def score(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            seen.append(tuple(bank.tokens[0, :, 0].argmax(dim=-1).tolist()))
-            return level(image)
-
+        seen: list[list[int]] = []
         tiles = iter([2, 4])
-        Calibration("references", 0.05).thresholds(files, bank, lambda _: next(tiles), score)
-        assert sorted(set(seen)) == [(0, 1), (2, 3, 4, 5)]
+        Calibration("references", 0.05).thresholds(files, lambda _: next(tiles), noting(seen))
+        assert sorted(map(list, {tuple(without) for without in seen})) == [[0, 1], [2, 3, 4, 5]]
 
     @pytest.mark.parametrize(("share", "number"), [(0.05, 20), (0.01, 100), (0.5, 13)])
     def test_a_single_one_stays_and_has_enough_variants(self, tmp_path: Path, share: float, number: int) -> None:
         files = [Path(name) for name in write(tmp_path / "good", 1, first=100)]
-        bank, seen = self.bank(1), []
-
-        def score(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            seen.append(bank.k_shot)
-            return level(image)
-
-        found = Calibration("references", share).thresholds(files, bank, lambda _: 1, score)
-        assert set(seen) == {1}
+        seen: list[list[int]] = []
+        found = Calibration("references", share).thresholds(files, lambda _: 1, noting(seen))
+        assert seen == [[]] * len(seen)
         assert number <= len(seen) <= number + 1
         assert 85.0 < found.image < 125.0  # level 100, up to a fifth darker or lighter
 
-    def test_a_bank_is_whole_again_after_an_error(self, tmp_path: Path) -> None:
-        files, bank = [Path(name) for name in write(tmp_path / "good", 2)], self.bank(2)
-
-        def score(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            raise RuntimeError("no")  # noqa: EM101
-
-        with pytest.raises(RuntimeError, match="no"):
-            Calibration("references").thresholds(files, bank, lambda _: 1, score)
-        assert bank.k_shot == 2
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_thresholds_are_repeatable(self, tmp_path: Path, seed: int) -> None:
+        files = [Path(name) for name in write(tmp_path / "good", 2, first=100)]
+        found = [Calibration("references", 0.05, seed).thresholds(files, lambda _: 1, level) for _ in range(2)]
+        assert found[0] == found[1]
+        assert found[0] != Calibration("references", 0.05, 2).thresholds(files, lambda _: 1, level)
 
     def test_says_which_is_gone(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"references of 'nut' again, and .*gone\.png is gone"):
             Calibration("references").files_of("nut", ["nut"], [str(tmp_path / "gone.png")])
 
-
-class TestDone:
-    def test_until_something_changes(self, tmp_path: Path) -> None:
-        files = [Path(name) for name in write(tmp_path / "good", 2)]
-        calibration = Calibration("references")
-        calibration.note("nut", ["words"], files)
-        assert calibration.is_done("nut", ["words"], lambda: files)
-        assert not calibration.is_done("cap", ["words"], lambda: files)
-        assert not calibration.is_done("nut", ["other words"], lambda: files)
-        files[0].write_bytes(files[0].read_bytes() + b" ")
-        assert not calibration.is_done("nut", ["words"], lambda: files)
-
-    def test_a_checkpoint_needs_no_files(self) -> None:
-        calibration = Calibration("references")
-        calibration.restore({"nut": ["words"]})
-
-        def files() -> list[Path]:
-            raise AssertionError
-
-        assert calibration.is_done("nut", ["words"], files)
-        calibration.forget()
-        assert not calibration.is_done("nut", ["words"], files)
+    def test_says_how_there_would_be_some(self) -> None:
+        with pytest.raises(ValueError, match=r"references of 'nut' again, and there are none: set `k_shot`\."):
+            Calibration("references").files_of("nut", ["nut"], [])
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 0.51, 2.0, float("nan")])
@@ -168,6 +139,23 @@ def test_variants_are_seeded_and_leave_the_generator_alone(cut: bool) -> None:
     assert torch.equal(variant, light_variant(image, (1, 2, 3), cut=cut))
     assert not torch.equal(variant, light_variant(image, (1, 2, 4), cut=cut))
     assert not torch.equal(variant, image)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_variants_seed_no_accelerator(monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    seeding = Mock()
+    for module in (torch.cuda, torch.mps, torch.xpu):
+        for name in ("manual_seed", "manual_seed_all"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, seeding)
+    light_variant(torch.rand(1, 3, 16, 16), (1, 2, 3), cut=cut)
+    assert seeding.mock_calls == []
+
+
+def test_variants_have_noise() -> None:
+    # Flat grey may be mirrored, lighter or darker, and would stay flat; noise of four grey levels makes it uneven.
+    deviations = [light_variant(torch.full((1, 3, 60, 48), 0.5), (0, 0, number)).std().item() for number in range(10)]
+    assert all(3.5 / 255 < deviation < 4.5 / 255 for deviation in deviations)
 
 
 def test_variants_are_light() -> None:

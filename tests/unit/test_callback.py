@@ -12,8 +12,9 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from anomalib_aprilgan.classes import names_of, rows_of
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
-from anomalib_aprilgan.results.callback import ResultWriter, names_of, put_post_processor_first, rows_of
+from anomalib_aprilgan.results.callback import ResultWriter, put_post_processor_first
 
 
 class Writer(ResultWriter):

@@ -1,233 +1,301 @@
-"""Adapter files: round trip with provenance, the authors' layout, and what is refused."""
+"""What a checkpoint holds beside tensors, whether a model can take it, and how those of 0.1.0 are read."""
 
+from __future__ import annotations
+
+import copy
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from anomalib_aprilgan import checkpoint
-from anomalib_aprilgan.checkpoint import (
-    AUTHORS_KEY,
-    Provenance,
-    check_shapes,
-    load_adapters,
-    load_resolved_adapters,
-    resolve_adapters,
-    save_adapters,
-)
-from anomalib_aprilgan.clip.architecture import ClipArchitecture
-from anomalib_aprilgan.clip.backbone import load_clip
-from anomalib_aprilgan.demo import built_in
-from anomalib_aprilgan.network.adapters import LinearAdapters
+from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan import checkpoint as checkpoints
+from anomalib_aprilgan.checkpoint import CHECKPOINT_KEY
+from anomalib_aprilgan.classes import Classes
+from anomalib_aprilgan.clip.prompts import PromptEnsemble
+from anomalib_aprilgan.data.references import content_digests
+from anomalib_aprilgan.network.few_shot import FewShotScorer
+from anomalib_aprilgan.preparation import Made
+from anomalib_aprilgan.provenance import Provenance
+from anomalib_aprilgan.recipe import Recipe, RowRecipes
 
-PROVENANCE = Provenance(
-    trained_on={"MVTecAD": ["bottle", "tile"]},
-    backbone="ViT-tiny",
-    fingerprint="00ff",
-    stages=[1, 3],
-    quick_gelu=False,
-    image_size=[96, 64],
-    versions={"torch": "2.10"},
-)
-ARCHITECTURE = ClipArchitecture("ViT-tiny", {"quick_gelu": False}, (96, 64))
+Build = Callable[..., AprilGAN]
+NAMES = ("nut", "tile")
 
 
-def adapters(stages: int = 2, width: int = 6, embed_dim: int = 4) -> dict[str, Tensor]:
-    torch.manual_seed(stages)
-    return LinearAdapters(stages, width, embed_dim).state_dict()
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class TestFiles:
-    def test_round_trip(self, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "adapters.safetensors"
-        save_adapters(path, adapters(), PROVENANCE)
-        state_dict, provenance = load_adapters(path)
-        assert provenance == PROVENANCE
-        assert set(state_dict) == set(adapters())
-        assert all(torch.equal(state_dict[name], value) for name, value in adapters().items())
-        assert [file.name for file in path.parent.iterdir()] == ["adapters.safetensors"]
-
-    def test_metadata_is_readable_json(self, tmp_path: Path) -> None:
-        save_adapters(tmp_path / "a.safetensors", adapters(), PROVENANCE)
-        with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-            content = json.loads(file.metadata()["anomalib_aprilgan"])
-        assert content["trained_on"] == {"MVTecAD": ["bottle", "tile"]}
-        assert content["stages"] == [1, 3]
-
-    def test_parameters_and_views_are_written_as_values(self, tmp_path: Path) -> None:
-        module = LinearAdapters(1, 6, 4)
-        transposed = {"fc.0.weight": module.fc[0].weight.T, "fc.0.bias": module.fc[0].bias}
-        save_adapters(tmp_path / "a.safetensors", transposed, Provenance())
-        state_dict, _ = load_adapters(tmp_path / "a.safetensors")
-        assert torch.equal(state_dict["fc.0.weight"], module.fc[0].weight.T)
-        assert not state_dict["fc.0.weight"].requires_grad
-
-    def test_authors_layout_has_no_provenance(self, tmp_path: Path) -> None:
-        torch.save({AUTHORS_KEY: adapters()}, tmp_path / "authors.pth")
-        state_dict, provenance = load_adapters(tmp_path / "authors.pth")
-        assert provenance == Provenance()
-        assert all(torch.equal(state_dict[name], value) for name, value in adapters().items())
-
-    def test_safetensors_of_others_have_no_provenance(self, tmp_path: Path) -> None:
-        save_file(adapters(), tmp_path / "a.safetensors")
-        save_file(adapters(), tmp_path / "b.safetensors", metadata={"format": "pt"})
-        assert (
-            load_adapters(tmp_path / "a.safetensors")[1] == load_adapters(tmp_path / "b.safetensors")[1] == Provenance()
-        )
-
-    def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"`adapters`: no weight file .*absent"):
-            load_adapters(tmp_path / "absent.safetensors")
-
-    @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
-    def test_weights_that_are_no_adapters(self, tmp_path: Path, name: str) -> None:
-        content = {"visual.proj": torch.zeros(2, 2), "logit_scale": torch.zeros(1)}
-        save_file(content, tmp_path / name) if name.endswith("safetensors") else torch.save(content, tmp_path / name)
-        with pytest.raises(
-            ValueError, match=r"holds no adapters: expected names fc\.<i>\.weight .*, got .*visual\.proj"
-        ):
-            load_adapters(tmp_path / name)
-
-    def test_truncated(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.safetensors"
-        save_adapters(path, adapters(), PROVENANCE)
-        path.write_bytes(path.read_bytes()[:-10])
-        with pytest.raises(ValueError, match=r"`adapters`: .*a\.safetensors .* cannot be read"):
-            load_adapters(path)
+def learned(model: AprilGAN, names: Sequence[str] = NAMES, clip: str = "00ff") -> AprilGAN:
+    """A model that has learned something of these classes, without a CLIP."""
+    rows = [
+        RowRecipes(text=Recipe.of(normal=[name]), bounds=Recipe.of(text=name), references=[f"{name}.png"])
+        for name in names
+    ]
+    model.made = Made(
+        Classes.of({name: f"a {name}" for name in names}), rows, None, Provenance(trained_on={"Visa": []}), True, clip
+    )
+    none = [None] * len(names)
+    model.model.set_rows(random(len(names), 40, 2), none)
+    model.own_fusion.set_rows(none, model.model.map_limit)
+    model.post_processor.set_rows(model.made.classes, none, model.model.map_limit, model.model.map_ceiling)
+    for row in range(len(names)):
+        if model.model.few_shot is not None:
+            model.model.few_shot.set_features(row, random(4, model.settings.k_shot, 144, 64, seed=row))
+        model.post_processor.of_class(row).set_values(image_threshold=0.25 + 0.125 * row)
+    return model
 
 
-class TestShapes:
-    def test_fitting_adapters_pass(self) -> None:
-        assert check_shapes(adapters(), adapters(), "a.pth") is None
-
-    @pytest.mark.parametrize("found", [1, 4])
-    def test_other_number_of_stages(self, found: int) -> None:
-        with pytest.raises(ValueError, match=rf"`adapters`: a\.pth is for {found} stages, the model taps 2\."):
-            check_shapes(adapters(found), adapters(2), "a.pth")
-
-    @pytest.mark.parametrize(("width", "embed_dim"), [(8, 4), (6, 5)])
-    def test_other_width_names_both(self, width: int, embed_dim: int) -> None:
-        text = rf"a\.pth is for another CLIP: fc\.0\.weight is \({embed_dim}, {width}\) .*the model needs \(4, 6\)"
-        with pytest.raises(ValueError, match=text):
-            check_shapes(adapters(2, width, embed_dim), adapters(2), "a.pth")
-
-    def test_a_missing_bias_is_not_called_a_missing_stage(self) -> None:
-        incomplete = {name: value for name, value in adapters(2).items() if name != "fc.1.bias"}
-        with pytest.raises(ValueError, match=r"fc\.1\.bias"):
-            check_shapes(incomplete, adapters(2), "a.pth")
+def saved(model: AprilGAN) -> dict[str, Any]:
+    """What Lightning would write."""
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    return copy.deepcopy(checkpoint)
 
 
-class TestProvenance:
-    def test_survives_plain_data_and_later_versions(self) -> None:
-        content = PROVENANCE.to_dict() | {"of_a_later_version": 1}
-        assert Provenance.from_dict(json.loads(json.dumps(content))) == PROVENANCE
+def load(model: AprilGAN, checkpoint: dict[str, Any]) -> AprilGAN:
+    """As Lightning does."""
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
 
+
+def few_shot_of(model: AprilGAN) -> FewShotScorer:
+    assert model.model.few_shot is not None
+    return model.model.few_shot
+
+
+class TestContent:
+    def test_is_plain_data_beside_tensors(self, april_gan: Build) -> None:
+        content = saved(learned(april_gan(k_shot=2)))[CHECKPOINT_KEY]
+        assert json.loads(json.dumps(content)) == content
+        assert content["format"] == 2
+        assert content["classes"] == [["nut", "a nut"], ["tile", "a tile"]]
+        assert [row["references"] for row in content["rows"]] == [["nut.png"], ["tile.png"]]
+        assert content["clip"] == "00ff"
+        assert content["provenance"]["trained_on"] == {"Visa": []}
+
+    def test_leaves_clip_out(self, april_gan: Build) -> None:
+        model = learned(april_gan())
+        clip = torch.nn.Linear(2, 2)
+        clip.digest = "1234"
+        model.model.attach_backbone(clip)
+        checkpoint = saved(model)
+        assert any(name.startswith("model._backbone.") for name in model.state_dict())
+        assert not any("_backbone" in name for name in checkpoint["state_dict"])
+        assert checkpoint[CHECKPOINT_KEY]["clip"] == "1234"
+
+    def test_prompts_are_held_and_not_the_name_of_their_file(self, april_gan: Build, tmp_path: Path) -> None:
+        file = tmp_path / "prompts.yaml"
+        file.write_text("normal: ['good {}']\nclasses: {nut: {normal: ['fine {}']}}\n")
+        checkpoint = saved(learned(april_gan(prompts=str(file))))
+        expected = PromptEnsemble.of(str(file))
+        for content in (checkpoint["hyper_parameters"]["prompts"], checkpoint[CHECKPOINT_KEY]["prompts"]):
+            assert PromptEnsemble.of(content) == expected
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("names", [NAMES, NAMES[:1]])
+    @pytest.mark.parametrize("k_shot", [0, 2])
+    def test_brings_back_what_was_learned(self, april_gan: Build, names: Sequence[str], k_shot: int) -> None:
+        model = learned(april_gan(k_shot=k_shot), names)
+        loaded = load(april_gan(k_shot=k_shot), saved(model))
+        assert loaded.made == model.made
+        assert loaded.classes.names == tuple(names)
+        state_dict = model.state_dict()
+        assert set(loaded.state_dict()) == set(state_dict)
+        assert all(torch.equal(value, state_dict[name]) for name, value in loaded.state_dict().items())
+        for name in names:
+            assert loaded.post_processor.of_class(name).values() == model.post_processor.of_class(name).values()
+
+    def test_into_a_model_of_other_classes(self, april_gan: Build) -> None:
+        model = learned(april_gan(k_shot=2))
+        loaded = load(learned(april_gan(k_shot=2), ["wood", "bolt", "pill"]), saved(model))
+        assert loaded.classes == model.classes
+        assert [few_shot_of(loaded).number(row) for row in range(2)] == [2, 2]
+        assert torch.equal(loaded.model.text_features, model.model.text_features)
+
+    def test_sensitivities_of_each_class(self, april_gan: Build) -> None:
+        model = learned(april_gan())
+        model.post_processor.of_class("tile").image_sensitivity = 0.9
+        for other in (april_gan(), learned(april_gan())):
+            loaded = load(other, saved(model))
+            assert [loaded.post_processor.of_class(name).image_sensitivity for name in NAMES] == [0.5, 0.9]
+
+    def test_references_go_into_a_model_that_asked_for_none(self, april_gan: Build) -> None:
+        model = learned(april_gan(k_shot=2))
+        loaded = load(april_gan(), saved(model))
+        assert torch.equal(few_shot_of(loaded).features(1), few_shot_of(model).features(1))
+
+    def test_no_references_go_into_a_model_that_asks_for_some(self, april_gan: Build) -> None:
+        loaded = load(april_gan(k_shot=2), saved(learned(april_gan())))
+        assert [few_shot_of(loaded).number(row) for row in range(2)] == [0, 0]
+
+    def test_the_default_class_is_the_models(self, april_gan: Build) -> None:
+        checkpoint = saved(learned(april_gan()))
+        assert load(april_gan(class_name=["tile", "cap"], default_class="tile"), checkpoint).classes.default == "tile"
+        assert load(april_gan(class_name=["tile", "cap"], default_class="cap"), checkpoint).classes.default is None
+
+    def test_clip_that_is_here_completes_the_tensors(self, april_gan: Build) -> None:
+        checkpoint = saved(learned(april_gan()))
+        model = april_gan()
+        clip = torch.nn.Linear(2, 2)
+        clip.digest, clip.matches = "00ff", lambda recorded: recorded == "00ff"
+        model.model.attach_backbone(clip)
+        load(model, checkpoint)
+        assert torch.equal(checkpoint["state_dict"]["model._backbone.weight"], clip.weight)
+
+
+class TestRefused:
     @pytest.mark.parametrize(
-        ("trained_on", "name", "category", "words"),
+        ("arguments", "text"),
         [
-            ({"MVTecAD": ["bottle", "tile"]}, "MVTecAD", "tile", "MVTecAD (tile)"),
-            ({"MVTecAD": ["bottle"]}, "MVTecAD", "tile", None),
-            ({"MVTecAD": ["bottle"]}, "Visa", "bottle", None),
-            ({"MVTecAD": []}, "MVTecAD", "tile", "MVTecAD (tile)"),  # all of it
-            ({"Folder": []}, "Folder", None, "Folder"),
-            ({"Folder": ["bottle"]}, "Folder", None, "Folder"),  # it cannot be told: rather one warning too many
-            ({}, "MVTecAD", "tile", None),
+            ({"stages": (1, 2, 3)}, r"`stages` of the checkpoint is \[1, 2, 3, 4\], of the model \[1, 2, 3\]"),
+            ({"memory_stages": (2,)}, r"`memory_stages` of the checkpoint is \[1, 2, 3, 4\], of the model \[2\]"),
+            ({"quick_gelu": False}, r"`quick_gelu` of the checkpoint is True, of the model False\. Set them alike\."),
+            ({"image_size": 64}, r"`image_size` of the checkpoint is \[96, 96\], of the model \[64, 64\]"),
+            ({"tile_size": 96}, r"`tile_size` of the checkpoint is None, of the model 96"),
+            ({"smoothing_sigma": 1.5}, r"`smoothing_sigma` of the checkpoint is 0\.0, of the model 1\.5"),
+            ({"neighbourhood": 3}, r"`neighbourhood` of the checkpoint is 1, of the model 3"),
+            ({"top_share": 0.1}, r"`top_share` of the checkpoint is 0\.0, of the model 0\.1"),
+            ({"score_fusion": "text"}, r"`score_fusion` of the checkpoint is mean, of the model text"),
         ],
     )
-    def test_overlap(
-        self, trained_on: dict[str, list[str]], name: str, category: str | None, words: str | None
+    def test_of_other_settings_and_the_model_is_left_alone(
+        self, april_gan: Build, arguments: dict[str, Any], text: str
     ) -> None:
-        assert Provenance(trained_on=trained_on).overlap(SimpleNamespace(name=name, category=category)) == words
-
-    def test_overlap_with_several_data_sets_and_with_none(self) -> None:
-        datamodule = SimpleNamespace(sources={"Visa": ["pcb1"], "MVTecAD": ["bottle", "wood", "tile"]})
-        assert PROVENANCE.overlap(datamodule) == "MVTecAD (bottle, tile)"
-        assert PROVENANCE.overlap(None) is None
-
-    def test_of_training(self) -> None:
-        architecture = ClipArchitecture("ViT-tiny", {"quick_gelu": True}, (96, 64))
-        datamodule = SimpleNamespace(sources={"MVTecAD": ["bottle"]})
-        provenance = Provenance.of_training(datamodule, architecture, "00ff", (1, 3))
-        assert provenance.trained_on == {"MVTecAD": ["bottle"]}
-        assert (provenance.backbone, provenance.fingerprint, provenance.quick_gelu) == ("ViT-tiny", "00ff", True)
-        assert (provenance.stages, provenance.image_size) == ([1, 3], [96, 64])
-        assert set(provenance.versions) == {"anomalib", "open_clip_torch", "torch"}
-        assert Provenance.from_dict(json.loads(json.dumps(provenance.to_dict()))) == provenance
-
-    def test_matching_and_unknown_provenance_pass(self) -> None:
-        assert PROVENANCE.check(ARCHITECTURE, "00ff", (1, 3), "a") is None
-        assert Provenance().check(ARCHITECTURE, "abcd", (2,), "a") is None
-
-    def test_another_activation_is_a_warning(self) -> None:
-        gelu = ClipArchitecture("ViT-tiny", {"quick_gelu": False}, (96, 64))
-        with pytest.warns(UserWarning, match=r"a\.pth was trained with a CLIP that runs QuickGELU, this runs GELU"):
-            Provenance(quick_gelu=True).check(gelu, "00ff", (1, 3), "a.pth")
-
-    def test_other_stages(self) -> None:
-        text = r"`adapters`: a\.pth was trained for stages \(1, 3\), the model taps \(2, 4\)\."
+        checkpoint = saved(learned(april_gan(k_shot=2)))
+        model = learned(april_gan(k_shot=2, **arguments), ["wood"])
+        before, made = copy.deepcopy(model.state_dict()), copy.deepcopy(model.made)
+        size = model.pre_processor.image_size
         with pytest.raises(ValueError, match=text):
-            PROVENANCE.check(ARCHITECTURE, "00ff", (2, 4), "a.pth")
-
-    def test_other_clip(self) -> None:
-        other = ClipArchitecture("ViT-other", {"quick_gelu": False}, (96, 64))
-        text = r"trained for the CLIP ViT-tiny with weights 00ff, the model has ViT-other with weights 1234\."
-        with pytest.raises(ValueError, match=text):
-            PROVENANCE.check(other, "1234", (1, 3), "a.pth")
-
-
-class TestChoice:
-    PUBLISHED = ClipArchitecture("ViT-L-14-336", {}, (518, 518))
+            model.on_load_checkpoint(checkpoint)
+        assert (model.made, model.pre_processor.image_size) == (made, size)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     @pytest.mark.parametrize(
-        ("adapters", "target", "source"),
-        [
-            ("auto", "MVTecAD", "visa"),
-            ("auto", "Visa", "mvtec"),
-            ("auto", "Folder", "mvtec"),
-            ("auto", None, "mvtec"),
-            ("visa", "Visa", "visa"),  # what is asked for is given (and warned of)
-            ("mvtec", None, "mvtec"),
-            ("some/file.pth", "Visa", "some/file.pth"),
-        ],
+        "arguments", [{"neighbourhood": 3}, {"top_share": 0.1}, {"score_fusion": "text"}, {"tile_size": 96}]
     )
-    def test_never_by_accident_the_data_under_test(self, adapters: str, target: str | None, source: str) -> None:
-        assert resolve_adapters(adapters, target, self.PUBLISHED) == source
+    def test_not_for_what_only_references_rest_on(self, april_gan: Build, arguments: dict[str, Any]) -> None:
+        model = learned(april_gan())
+        loaded = load(april_gan(**arguments), saved(model))
+        assert torch.equal(loaded.model.text_features, model.model.text_features)
 
-    @pytest.mark.parametrize("adapters", ["auto", "mvtec", "visa"])
-    def test_authors_adapters_for_another_clip(self, adapters: str) -> None:
-        text = (
-            rf"`adapters='{adapters}'` were trained for the CLIP ViT-L-14-336, the model has ViT-tiny\. Pass an adapter"
-        )
+    def test_of_another_clip(self, april_gan: Build) -> None:
+        model: Any = april_gan()
+        model.model.attach_backbone(torch.nn.Identity())
+        model.model.backbone.digest, model.model.backbone.matches = "1234", lambda recorded: recorded == "1234"
+        text = r"`pretrained`: the checkpoint belongs to a CLIP with weights 00ff, the model has weights 1234\."
         with pytest.raises(ValueError, match=text):
-            resolve_adapters(adapters, None, ARCHITECTURE)
+            model.on_load_checkpoint(saved(learned(april_gan())))
 
-    def test_files_may_be_for_any_clip(self) -> None:
-        assert resolve_adapters("file.pth", None, ARCHITECTURE) == "file.pth"
+    def test_of_another_width(self, april_gan: Build) -> None:
+        checkpoint = saved(learned(april_gan()))
+        checkpoint["state_dict"]["model.adapters.fc.0.weight"] = torch.zeros(40, 32)
+        text = r"`adapters`: the checkpoint is for another CLIP: fc\.0\.weight is \(40, 32\)"
+        with pytest.raises(ValueError, match=text):
+            april_gan().on_load_checkpoint(checkpoint)
 
-    def test_the_built_in_clip_has_adapters_of_its_own(self) -> None:
-        architecture = ClipArchitecture.load(built_in.ARCHITECTURE, (96, 96), None)
-        source = resolve_adapters("auto", "DrawnInspection", architecture)
-        clip = load_clip(architecture, built_in.PRETRAINED)
-        _, provenance = load_resolved_adapters(source)
-        assert clip.matches(provenance.fingerprint)
-        provenance.check(architecture, provenance.fingerprint, built_in.STAGES, source)
-        assert provenance.trained_on["DrawnInspection"]
-        with pytest.raises(ValueError, match=r"`adapters='visa'` were trained for the CLIP ViT-L-14-336"):
-            resolve_adapters("visa", None, architecture)
+    def test_of_another_model(self, april_gan: Build) -> None:
+        text = r"`ckpt_path` must be a checkpoint that AprilGAN wrote; this one holds nothing of it"
+        with pytest.raises(ValueError, match=text):
+            april_gan().on_load_checkpoint({"state_dict": {}})
 
-    def test_authors_files_get_their_provenance(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        torch.save({AUTHORS_KEY: adapters()}, tmp_path / "authors.pth")
-        monkeypatch.setattr(checkpoint, "authors_adapters", lambda _: tmp_path / "authors.pth")
-        state_dict, provenance = load_resolved_adapters("mvtec")
-        assert provenance.trained_on == {"MVTecAD": []}
-        assert provenance.backbone == "ViT-L-14-336"
-        assert set(state_dict) == set(adapters())
+    def test_of_a_later_version(self, april_gan: Build) -> None:
+        checkpoint = saved(learned(april_gan()))
+        checkpoint[CHECKPOINT_KEY]["format"] = 3
+        text = r"the checkpoint has format 3, this version reads up to 2\. Update the package\."
+        with pytest.raises(ValueError, match=text):
+            april_gan().on_load_checkpoint(checkpoint)
 
-    def test_own_files_keep_theirs(self, tmp_path: Path) -> None:
-        save_adapters(tmp_path / "a.safetensors", adapters(), PROVENANCE)
-        assert load_resolved_adapters(str(tmp_path / "a.safetensors"))[1] == PROVENANCE
+
+class TestEarlierVersion:
+    """Checkpoints as 0.1.0 wrote them; files that it did write are loaded in the integration tests."""
+
+    VALUES: ClassVar = {
+        "image_min": 0.0, "_image_threshold": 0.375, "image_max": 1.0, "pixel_min": 0.0, "_pixel_threshold": 2.5,
+        "pixel_max": 6.0, "map_maximum_min": 0.5, "map_maximum_max": 6.0,
+    }  # fmt: skip
+
+    def checkpoint(self, files: dict[str, list[str]], several: bool, shots: int = 1) -> dict[str, Any]:
+        names = list(files)
+        buffers = {name: torch.tensor(value) for name, value in (self.VALUES | {"calibrated": True}).items()}
+        values = {f"post_processor.{name}": value for name, value in buffers.items()}
+        if several:
+            for row in range(len(names)):
+                values |= {f"post_processor.by_class.{row}.{name}": value + row for name, value in buffers.items()}
+                values[f"post_processor.by_class.{row}.calibrated"] = torch.tensor(row == 1)
+        banks = {f"model.memory_banks.{row}.tokens": random(4, shots, 144, 64, seed=row) for row in range(len(names))}
+        if not shots:
+            banks = {name: torch.empty(0) for name in banks}
+        return {
+            "state_dict": {"model.text_features": random(len(names), 40, 2), **banks, **values},
+            CHECKPOINT_KEY: {
+                "class_names": {name: f"a {name}" for name in names},
+                "references": files,
+                "reference_keys": {name: ["`references`", "1", "0"] for name in names},
+                "calibration": {names[0]: ["words"]},
+                "fingerprint": "00ff",
+                "clip": {"stages": [1, 2, 3, 4]},
+                "prompts": {"normal": ["good {}"], "anomalous": ["bad {}"], "templates": ["a {}"]},
+                "provenance": {"trained_on": {"Visa": []}},
+            },
+        }
+
+    def test_of_several_classes(self) -> None:
+        checkpoint = self.checkpoint({"nut": [], "tile": []}, several=True)
+        before = dict(checkpoint["state_dict"])
+        checkpoints.migrate(checkpoint)
+        state_dict = checkpoint["state_dict"]
+        assert state_dict["post_processor._image_threshold"].tolist() == [0.375, 1.375]
+        assert state_dict["post_processor.fusion.low"].tolist() == [0.5, 1.5]
+        assert state_dict["post_processor.fusion.high"].tolist() == [6.0, 7.0]
+        assert state_dict["post_processor.fixed"].tolist() == [False, True]
+        for row in range(2):
+            features = state_dict[f"model.few_shot.remembered.{row}.features"]
+            assert features is before[f"model.memory_banks.{row}.tokens"]
+        assert not any("by_class" in name or "map_maximum" in name or "memory_banks" in name for name in state_dict)
+
+    def test_of_one_class(self) -> None:
+        checkpoint = self.checkpoint({"nut": []}, several=False, shots=0)
+        checkpoints.migrate(checkpoint)
+        state_dict = checkpoint["state_dict"]
+        assert state_dict["post_processor.fusion.low"].tolist() == [0.5]
+        assert state_dict["post_processor.fixed"].tolist() == [True]
+        assert not checkpoints.has_references(state_dict)
+
+    def test_recipes_know_what_was_recorded(self, tmp_path: Path) -> None:
+        file = tmp_path / "good.png"
+        file.write_bytes(b"an image")
+        checkpoint = self.checkpoint({"nut": [str(file)], "tile": [str(tmp_path / "gone.png")]}, several=True)
+        checkpoints.migrate(checkpoint)
+        content = checkpoint[CHECKPOINT_KEY]
+        assert content["classes"] == [["nut", "a nut"], ["tile", "a tile"]]
+        assert (content["clip"], content["provenance"]["trained_on"]) == ("00ff", {"Visa": []})
+        nut, tile = (RowRecipes.from_dict(row) for row in content["rows"])
+        text = Recipe.of(clip="anything", normal=["a good a nut"], anomalous=["a bad a nut"])
+        assert nut.text is not None
+        assert nut.bank is not None
+        assert nut.text.agrees(text)
+        assert not nut.text.agrees(Recipe.of(normal=["another"], anomalous=["a bad a nut"]))
+        assert nut.bank.agrees(Recipe.of(references=content_digests([file]), number=1, scorer="any"))
+        assert nut.references == [str(file)]
+        assert tile.bank is not None
+        assert not tile.bank.agrees(Recipe.of(references=content_digests([file]), number=1))
+        assert (nut.calibration, tile.calibration) == (Recipe({}), None)
+
+    def test_today_s_are_left_as_they_are(self, april_gan: Build) -> None:
+        checkpoint = saved(learned(april_gan()))
+        before = copy.deepcopy(checkpoint[CHECKPOINT_KEY])
+        checkpoints.migrate(checkpoint)
+        assert checkpoint[CHECKPOINT_KEY] == before
+
+
+def test_references_are_those_of_the_scorer() -> None:
+    assert checkpoints.has_references({"model.few_shot.remembered.0.features": torch.empty(0)})
+    assert not checkpoints.has_references({"model.text_features": torch.empty(0)})

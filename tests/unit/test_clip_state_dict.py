@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anomalib_aprilgan.clip.architecture import ClipArchitecture
-from anomalib_aprilgan.clip.backbone import ClipBackbone, load_clip, random_weights
-from anomalib_aprilgan.clip.state_dict import digest_of, read_state_dict
+from anomalib_aprilgan.clip.backbone import ClipBackbone, load_clip
+from anomalib_aprilgan.clip.state_dict import read_state_dict
+from anomalib_aprilgan.demo.drawn_clip.trainer import random_weights
+from anomalib_aprilgan.recipe import digest_of_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 CONSTANTS = ("input_resolution", "context_length", "vocab_size")
@@ -219,12 +221,12 @@ class TestDigest:
         assert clip.digest == self.KNOWN
 
     def test_every_tensor_counts(self, weights: dict[str, Tensor]) -> None:
-        digest = digest_of(weights)
+        digest = digest_of_tensors(weights)
         others = set()
         for name, value in weights.items():
             changed = value.clone()
             changed.view(-1)[-1] += 0.5
-            others.add(digest_of(weights | {name: changed}))
+            others.add(digest_of_tensors(weights | {name: changed}))
         assert len(others) == len(weights) > 50
         assert digest not in others
 
@@ -239,14 +241,16 @@ class TestDigest:
     def test_names_and_shapes_count_and_order_does_not(self) -> None:
         values = torch.arange(6.0)
         digests = {
-            digest_of({"a": values[:2], "b": values[2:]}),
-            digest_of({"a": values[:3], "b": values[3:]}),
-            digest_of({"a": values, "b": values[:0]}),
-            digest_of({"b": values[:2], "a": values[2:]}),
-            digest_of({"a": values[:2].view(1, 2), "b": values[2:]}),
+            digest_of_tensors({"a": values[:2], "b": values[2:]}),
+            digest_of_tensors({"a": values[:3], "b": values[3:]}),
+            digest_of_tensors({"a": values, "b": values[:0]}),
+            digest_of_tensors({"b": values[:2], "a": values[2:]}),
+            digest_of_tensors({"a": values[:2].view(1, 2), "b": values[2:]}),
         }
         assert len(digests) == 5
-        assert digest_of({"b": values[2:], "a": values[:2]}) == digest_of({"a": values[:2], "b": values[2:]})
+        assert digest_of_tensors({"b": values[2:], "a": values[:2]}) == digest_of_tensors(
+            {"a": values[:2], "b": values[2:]}
+        )
 
     def test_form_of_the_weights_does_not_count(self, small_clip: Any, tmp_path: Path) -> None:
         """Precision of the file where the values are the same, its format, the image size, later conversions."""

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from anomalib_aprilgan.data.class_batch import ClassImageBatch
+from anomalib_aprilgan.data.multi_category import ClassImageBatch
 from anomalib_aprilgan.results import table
 from anomalib_aprilgan.results.table import DecisionsWriter, Row, in_order
 

@@ -8,9 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anomalib_aprilgan.data import display
-from anomalib_aprilgan.data.display import display_image, keep_for_display, note_image
-from anomalib_aprilgan.data.reading import UnreadableImageError, load_image
+from anomalib_aprilgan.data import reading
+from anomalib_aprilgan.data.reading import (
+    UnreadableImageError,
+    display_image,
+    keep_for_display,
+    load_image,
+    note_image,
+)
 
 
 def write(path: Path, height: int = 30, width: int = 40) -> str:
@@ -28,7 +33,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(path)
         return load_image(path)
 
-    monkeypatch.setattr(display, "load_image", load)
+    monkeypatch.setattr(reading, "load_image", load)
     return paths
 
 
@@ -90,7 +95,7 @@ class TestKept:
     def test_the_oldest_make_room(
         self, bound: tuple[str, int], tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(display, *bound)
+        monkeypatch.setattr(reading, *bound)
         paths = [write(tmp_path / f"{number}.png") for number in range(5)]
         with keep_for_display(20):
             for path in paths:

@@ -8,7 +8,7 @@ from anomalib.metrics import AUPRO, AUROC, F1Max
 from torch import nn
 
 from anomalib_aprilgan import distributed
-from anomalib_aprilgan.distributed import align_metrics, all_gather_object
+from anomalib_aprilgan.running import align_metrics, all_gather_object
 
 
 def metrics() -> nn.ModuleList:

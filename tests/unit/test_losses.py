@@ -139,7 +139,7 @@ class TestAdapterLoss:
             2 * adapter_loss([probabilities], target).item(), rel=1e-12
         )
 
-    def test_bad_shapes_are_refused(self) -> None:
+    def test_bad_shapes(self) -> None:
         probabilities, target = case()
         with pytest.raises(ValueError, match=r"`probabilities` must be \(B, 2, H, W\)"):
             adapter_loss([probabilities, probabilities[..., :-1]], target)
@@ -218,7 +218,19 @@ class TestPartialAdapterLoss:
         mean = torch.stack(single).mean().item()
         assert partial_adapter_loss(stages, target).item() == pytest.approx(mean, rel=1e-7)
 
-    def test_bad_shapes_are_refused(self) -> None:
+    @pytest.mark.parametrize("with_masks", [1, 3])
+    def test_unequal_shares_by_hand(self, with_masks: int) -> None:
+        # Everywhere one quarter anomalous. With a mask, of a normal image of 100 pixels: focal (1/4)^2 * log(4/3), and
+        # dice 1 - 1 / (25 + 1). Without one: log(4).
+        maps = torch.tensor([0.75, 0.25]).view(1, 2, 1, 1).expand(4, 2, 10, 10)
+        target = torch.zeros(4, 10, 10, dtype=torch.uint8)
+        target[with_masks:] = UNKNOWN
+        masked, labelled = 0.0625 * math.log(4 / 3) + 25 / 26, math.log(4)
+        expected = (with_masks * masked + (4 - with_masks) * labelled) / 4
+        assert partial_adapter_loss([maps], target).item() == pytest.approx(expected, abs=1e-4)
+        assert partial_adapter_loss([maps, maps], target).item() == pytest.approx(2 * expected, abs=2e-4)
+
+    def test_bad_shapes(self) -> None:
         probabilities, target = case()
         target[0] = UNKNOWN
         with pytest.raises(ValueError, match=r"`probabilities` must be \(B, 2, H, W\)"):

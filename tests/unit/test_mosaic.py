@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_aprilgan.data.mosaic import mosaic
+from anomalib_aprilgan.data.multi_category import mosaic
 
 
 def parts(sizes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -20,10 +20,9 @@ from torchvision.tv_tensors import Image
 
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data import AuxiliaryData
-from anomalib_aprilgan.data.class_batch import ClassImageBatch, ClassImageItem
-from anomalib_aprilgan.data.gathering import class_name_of
+from anomalib_aprilgan.data.listing import class_name_of
+from anomalib_aprilgan.data.multi_category import ClassImageBatch, ClassImageItem, synthetic_defect
 from anomalib_aprilgan.data.pre_processing import EightBitResize
-from anomalib_aprilgan.data.synthetic import synthetic_defect
 from anomalib_aprilgan.network.losses import UNKNOWN
 
 from ..conftest import DATASET
@@ -337,8 +336,8 @@ class TestTogether:
         engine.fit(model, datamodule=data)
         assert torch.isfinite(engine.trainer.callback_metrics["train_loss"])
         assert torch.isfinite(engine.trainer.callback_metrics["val_loss"])
-        assert model.preparation.provenance.trained_on == data.sources
-        assert model.preparation.provenance.overlap(with_masks()) == "floor"
+        assert model.made.provenance.trained_on == data.sources
+        assert model.made.provenance.overlap(with_masks()) == "floor"
 
     @pytest.mark.filterwarnings("ignore:\\n!!!")  # tested on what it was trained on
     def test_images_without_masks_do_not_count_as_normal_pixels(

@@ -12,7 +12,6 @@ from torch import Tensor
 from anomalib_aprilgan.network.scoring import (
     TEMPERATURE,
     distance_map,
-    map_statistic,
     nearest_normal_distance,
     neighbourhood_mean,
     smooth,
@@ -129,7 +128,7 @@ class TestMaps:
             slow = bilinear(distance[image].reshape(4, 3), 9, 11)
             torch.testing.assert_close(maps[image], slow, atol=1e-5, rtol=0)
 
-    def test_a_grid_that_does_not_hold_the_patches_is_refused(self) -> None:
+    def test_a_grid_that_does_not_hold_the_patches(self) -> None:
         with pytest.raises(EinopsError, match=r"rearrange"):
             distance_map(random(1, 6), (4, 4), (8, 8))
 
@@ -239,20 +238,3 @@ class TestSmoothing:
     def test_none_leaves_the_map(self) -> None:
         anomaly_map = random(1, 4, 4)
         assert smooth(anomaly_map, 0.0) is anomaly_map
-
-
-class TestMapStatistic:
-    def test_by_hand(self) -> None:
-        anomaly_map = torch.tensor([[[1.0, 7.0], [3.0, 5.0]], [[0.0, 0.0], [4.0, 0.0]]])
-        assert map_statistic(anomaly_map).tolist() == [7.0, 4.0]
-        assert map_statistic(anomaly_map, 0.5).tolist() == [6.0, 2.0]
-
-    def test_all_pixels_give_the_mean_and_hardly_any_the_maximum(self) -> None:
-        anomaly_map = random(3, 9, 11)
-        torch.testing.assert_close(map_statistic(anomaly_map, 1.0), anomaly_map.mean(dim=(1, 2)))
-        assert torch.equal(map_statistic(anomaly_map, 1e-9), anomaly_map.amax(dim=(1, 2)))
-
-    def test_falls_with_the_share(self) -> None:
-        anomaly_map = random(3, 10, 10)
-        statistics = [map_statistic(anomaly_map, share) for share in (0.0, 0.02, 0.1, 0.5, 1.0)]
-        assert all((more < fewer).all() for fewer, more in pairwise(statistics))

@@ -9,17 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from . import library
-from .registry import BUILT_IN_CLIPS
+
+
+@dataclass(frozen=True)
+class BuiltInClip:
+    """A CLIP whose configuration, weights and adapters are files of a package; ``hint`` offers it in errors."""
+
+    architecture: str  # `backbone` for it
+    pretrained: str  # `pretrained` for it
+    config: Path
+    weights: Path
+    adapters: Path  # `adapters="auto"` for it
+    hint: str = ""
+
+
+# By name of the architecture; filled when the package is imported.
+BUILT_IN_CLIPS: dict[str, BuiltInClip] = {}
 
 
 @dataclass(frozen=True)
 class ClipArchitecture:
-    """An open_clip architecture with a plain ViT, at one image size and with one activation.
+    """An open_clip architecture with a plain ViT, at one image size (height, width in pixels) and with one activation.
 
-    Attributes:
-        name: Name or file it came from.
-        config: open_clip's model configuration, image size and activation set.
-        image_size: Height and width in pixels.
+    ``name`` is the name or file it came from, ``config`` open_clip's model configuration.
     """
 
     name: str
@@ -28,32 +40,21 @@ class ClipArchitecture:
 
     @classmethod
     def load(cls, backbone: str, image_size: tuple[int, int], quick_gelu: bool | None) -> ClipArchitecture:
-        """Architecture of an open_clip name or a model-config JSON.
+        """Architecture of an open_clip name or a model-config JSON, whose patches must tile the image.
 
-        The activation is decided here: open_clip picks QuickGELU or GELU differently by version and by tag. The
-        published adapters were trained with what the configuration says (the authors' factory: GELU for
-        ViT-L-14-336).
-
-        Args:
-            backbone: Architecture name, or path of a JSON file.
-            image_size: Height and width in pixels.
-            quick_gelu: Activation of both towers; ``None`` takes the configuration's.
-
-        Raises:
-            ValueError: The architecture is unknown or unsuitable, or the patches do not tile the size.
-            FileNotFoundError: The JSON file is missing.
+        The activation is decided here: open_clip picks QuickGELU or GELU differently by version and by tag. ``None``
+        takes what the configuration says, with which the published adapters were trained (the authors' factory: GELU
+        for ViT-L-14-336).
         """
         config = _read_config(backbone)
         vision = config.get("vision_cfg", {})
-        unsuitable = (
-            "timm_model_name" in vision
-            or not isinstance(vision.get("layers"), int)
-            or vision.get("attentional_pool")
-            or "multimodal_cfg" in config
-            or config.get("custom_text")
-            or "hf_model_name" in config.get("text_cfg", {})
-        )
-        if unsuitable:
+        foreign = {"timm_model_name", "multimodal_cfg", "hf_model_name"} & {
+            *vision,
+            *config,
+            *config.get("text_cfg", {}),
+        }
+        is_plain = isinstance(vision.get("layers"), int) and not vision.get("attentional_pool")
+        if foreign or not is_plain or config.get("custom_text"):
             msg = f"`backbone` must be a CLIP with open_clip's plain ViT and text transformer, got {backbone!r}."
             raise ValueError(msg)
         patch = vision["patch_size"]
@@ -95,11 +96,7 @@ class ClipArchitecture:
         return bool(self.config["quick_gelu"])
 
     def check_stages(self, stages: Sequence[int], argument: str = "stages") -> tuple[int, ...]:
-        """The stages in ascending order.
-
-        Raises:
-            ValueError: None given, out of range, or one given twice (the authors drop those silently).
-        """
+        """The stages in ascending order; a ValueError for none, out of range, or one given twice."""
         if not stages:
             msg = f"`{argument}` must name at least one block of {self.name}, got none."
             raise ValueError(msg)
@@ -107,7 +104,7 @@ class ClipArchitecture:
             if isinstance(stage, bool) or not isinstance(stage, int) or not 1 <= stage <= self.depth:
                 msg = f"`{argument}` must lie in [1, {self.depth}] for {self.name}, got {stage!r}."
                 raise ValueError(msg)
-        if len(set(stages)) != len(stages):
+        if len(set(stages)) != len(stages):  # the authors drop those silently
             msg = f"`{argument}` must be different blocks, got {tuple(stages)}."
             raise ValueError(msg)
         return tuple(sorted(stages))
@@ -115,31 +112,27 @@ class ClipArchitecture:
 
 def _read_config(backbone: str) -> dict[str, Any]:
     path = BUILT_IN_CLIPS[backbone].config if backbone in BUILT_IN_CLIPS else Path(backbone).expanduser()
-    if path.suffix == ".json":
-        return _read_config_file(path)
-    config = library.model_config(backbone)
-    if config is None:
-        known = ", ".join(name for name in (*BUILT_IN_CLIPS, *library.model_names()) if name.startswith("ViT-"))
-        msg = (
-            f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. "
-            f"Known: {known}."
-        )
-        raise ValueError(msg)
-    return config
-
-
-def _read_config_file(path: Path) -> dict[str, Any]:
+    if path.suffix != ".json":
+        config = library.model_config(backbone)
+        if config is None:
+            known = ", ".join(name for name in (*BUILT_IN_CLIPS, *library.model_names()) if name.startswith("ViT-"))
+            msg = (
+                f"`backbone` must be an open_clip architecture or the path of a .json config, got {backbone!r}. "
+                f"Known: {known}."
+            )
+            raise ValueError(msg)
+        return config
     if not path.is_file():
         msg = f"`backbone`: no model-config file {path}."
         raise FileNotFoundError(msg)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         msg = f"`backbone`: {path} is not JSON: {error}"
         raise ValueError(msg) from error
     # Files on model hubs wrap the configuration.
-    config = config.get("model_cfg", config) if isinstance(config, dict) else {}
-    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+    content = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(content):
         msg = f"`backbone`: {path} must be an open_clip model config with embed_dim, vision_cfg and text_cfg."
         raise ValueError(msg)
-    return dict(config)
+    return dict(content)

@@ -1,10 +1,11 @@
-"""The frozen CLIP: patch tokens of the tapped stages, image feature, text features."""
+"""The frozen CLIP, which gives patch tokens of the tapped stages, image features and text features."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,42 +13,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..recipe import digest_of_tensors
 from . import library
 from .architecture import ClipArchitecture
-from .state_dict import digest_of, read_state_dict
+from .state_dict import read_state_dict
 from .weights import find_pretrained
 
 
 class VisionOutput(NamedTuple):
-    """What one pass of the vision tower gives.
+    """One pass of the vision tower: ``image_feature`` ``(B, D)``, not normalised, and ``patch_tokens`` ``(B, L, C)``.
 
-    Attributes:
-        patch_tokens: Per tapped stage ``(B, L, C)``, ascending: the residual stream after the
-            block, class token removed, before the last normalisation and projection.
-        image_feature: ``(B, D)``, not normalised.
+    These are of each of ``stages``, counted from 1 and ascending: the residual stream after the block, class token
+    removed, before the last normalisation and projection.
     """
 
     patch_tokens: list[Tensor]
     image_feature: Tensor
+    stages: tuple[int, ...]
+
+    def tokens_of(self, stage: int) -> Tensor:
+        """``(B, L, C)`` patch tokens of one tapped stage."""
+        return self.patch_tokens[self.stages.index(stage)]
+
+    @classmethod
+    def cat(cls, outputs: Sequence[VisionOutput]) -> VisionOutput:
+        """The outputs of several batches as one."""
+        tokens = [torch.cat(stage) for stage in zip(*(output.patch_tokens for output in outputs), strict=True)]
+        return cls(tokens, torch.cat([output.image_feature for output in outputs]), outputs[0].stages)
 
 
 class ClipBackbone(nn.Module):
-    """A frozen CLIP with tapped vision stages.
+    """A frozen CLIP with tapped vision stages, always in eval mode and without gradients for its parameters.
 
-    Parameters never require gradients and the module stays in eval mode through ``train()``.
-
-    Args:
-        architecture: What to build.
-        state_dict: Weights in open_clip's layout, positional embedding at any size.
-        source: Where the weights came from, for the error.
-
-    Attributes:
-        digest: Hash over all weights as they were given: the same at every image size and precision, and for
-            every file format.
-        text: The text tower; ``None`` where it was left out.
-
-    Raises:
-        ValueError: The weights are not those of this architecture.
+    It takes weights in open_clip's layout, with the positional embedding at any size, and their source for the error.
+    ``digest`` is over all of them as they were given: the same for every image size, precision and file format.
+    ``text`` is the text tower, ``None`` where it was left out.
     """
 
     def __init__(self, architecture: ClipArchitecture, state_dict: dict[str, Tensor], source: str) -> None:
@@ -64,9 +64,8 @@ class ClipBackbone(nn.Module):
             reason = " ".join(str(error).split())
             msg = f"`pretrained`: the weights of {source} are not those of {architecture.name}: {reason[:400]}"
             raise ValueError(msg) from error
-        self.digest = digest_of(weights)
-        projection = weights["visual.proj"].contiguous().numpy()
-        self._projection_digest = hashlib.sha256(projection.tobytes()).hexdigest()[:16]
+        self.digest = digest_of_tensors(weights)
+        self._projection_digest = hashlib.sha256(weights["visual.proj"].numpy().tobytes()).hexdigest()[:16]
         self.visual = clip.visual
         clip.visual = None  # the rest of it is the text tower
         self.text: Any | None = clip
@@ -78,47 +77,30 @@ class ClipBackbone(nn.Module):
         del mode
         return super().train(mode=False)
 
-    def matches(self, recorded: str) -> bool:
-        """Whether these are the weights that a file or checkpoint was made with.
+    def without_text(self) -> ClipBackbone:
+        """The same vision tower, without the text tower."""
+        twin = copy.copy(self)
+        vars(twin)["_modules"] = vars(self)["_modules"] | {"text": None}  # a shallow copy shares the towers' table
+        return twin
 
-        Args:
-            recorded: A :attr:`digest`, or the "fingerprint" that version 0.1.0 recorded: a hash of the image
-                projection alone.
-        """
+    def matches(self, recorded: str) -> bool:
+        """Whether a recorded ``digest`` is of these weights; version 0.1.0 hashed the image projection alone."""
         return recorded in {self.digest, self._projection_digest}
 
     def forward(self, images: Tensor, stages: Iterable[int]) -> VisionOutput:
-        """One pass of the vision tower.
-
-        Args:
-            images: ``(B, 3, H, W)``, resized and normalised.
-            stages: Blocks to tap, counted from 1, in ascending order; none for the image feature alone.
-
-        Returns:
-            Patch tokens and image feature.
-
-        Raises:
-            ValueError: The images have another size than the architecture.
-        """
+        """One pass over normalised images ``(B, 3, H, W)``; ``stages`` count from 1 and ascend, or are none."""
         if tuple(images.shape[-2:]) != self.architecture.image_size:
             msg = f"`images` must be {self.architecture.image_size} pixels for this model, got {tuple(images.shape)}."
             raise ValueError(msg)
         images = images.to(self.visual.conv1.weight.dtype)
-        return VisionOutput(*library.run_vision(self.visual, images, tuple(stages)))
+        tapped = tuple(stages)
+        return VisionOutput(*library.run_vision(self.visual, images, tapped), tapped)
 
     @torch.no_grad()
     def encode_states(self, normal: list[str], anomalous: list[str]) -> Tensor:
-        """Text features of a class: every sentence normalised, averaged, normalised (authors' prompt_ensemble.py).
+        """Text features ``(D, 2)`` of sentences about good parts and about bad ones, with columns of norm 1.
 
-        Args:
-            normal: Sentences about a good part.
-            anomalous: Sentences about a bad part.
-
-        Returns:
-            ``(D, 2)``, unit columns: normal, anomalous.
-
-        Raises:
-            RuntimeError: The text tower was left out.
+        Every sentence is normalised, then averaged, then normalised (authors' prompt_ensemble.py).
         """
         features = [
             F.normalize(F.normalize(self.encode_text(sentences), dim=-1).mean(dim=0), dim=-1)
@@ -127,20 +109,10 @@ class ClipBackbone(nn.Module):
         return torch.stack(features, dim=1)
 
     def encode_text(self, sentences: list[str], *, cut_context: bool = True) -> Tensor:
-        """Text features of sentences, in fp32.
+        """Features ``(len(sentences), D)`` in fp32, not normalised; a RuntimeError without text tower.
 
-        A causal tower that pools at the end token never looks behind it, so the context is cut to
-        the longest sentence: the same features for a third of the work or less.
-
-        Args:
-            sentences: What to encode.
-            cut_context: Whether to cut; off only to measure what it saves.
-
-        Returns:
-            ``(len(sentences), D)``, not normalised.
-
-        Raises:
-            RuntimeError: The text tower was left out.
+        A causal tower that pools at the end token never looks behind it, so the context is cut to the longest sentence:
+        the same features for a third of the work or less. ``cut_context=False`` measures what that saves.
         """
         text = self.text
         if text is None:
@@ -150,20 +122,16 @@ class ClipBackbone(nn.Module):
         options = json.dumps(config.get("tokenizer_kwargs") or {})
         tokenize = library.tokenizer(config.get("hf_tokenizer_name"), config.get("context_length", 77), options)
         tokens = tokenize(sentences).to(text.positional_embedding.device)
-        ends = None  # a tower that pools elsewhere
         if text.text_pool_type in {"argmax", "eos"}:  # CLIP's own end token is the highest of all
-            ends = (tokens if text.text_pool_type == "argmax" else (tokens == text.text_eos_id).int()).argmax(dim=-1)
-        length = tokens.shape[1]
-        if cut_context and text.attn_mask is not None and ends is not None:
-            length = int(ends.max()) + 1
+            pooled_at = (tokens if text.text_pool_type == "argmax" else (tokens == text.text_eos_id).int()).argmax(-1)
+        else:
+            pooled_at = torch.full_like(tokens[:, 0], 0 if text.text_pool_type == "first" else tokens.shape[1] - 1)
+        length = int(pooled_at.max()) + 1 if cut_context and text.attn_mask is not None else tokens.shape[1]
         tokens = tokens[:, :length]
         embedded = text.token_embedding(tokens) + text.positional_embedding[:length]
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         stream = text.ln_final(library.run_text_blocks(text, embedded, mask))
-        if ends is None:
-            pooled: Tensor = stream[:, 0 if text.text_pool_type == "first" else -1]
-        else:
-            pooled = stream[torch.arange(len(stream), device=stream.device), ends]
+        pooled: Tensor = stream[torch.arange(len(stream), device=stream.device), pooled_at]
         projection: Tensor | nn.Linear | None = text.text_projection
         if projection is not None:
             pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
@@ -171,15 +139,9 @@ class ClipBackbone(nn.Module):
 
 
 def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
-    """The frozen CLIP with the weights of a file or an open_clip tag.
+    """The frozen CLIP with the weights of a file, given by its path, or of an open_clip tag ("openai").
 
-    Args:
-        architecture: What to build.
-        pretrained: Path of a weight file, or a tag of open_clip ("openai").
-
-    Raises:
-        FileNotFoundError: The file is missing, or the tag's weights cannot be had.
-        ValueError: Unknown tag, or a file that is damaged or fits another architecture.
+    Weights that cannot be had are a FileNotFoundError, an unknown tag or unfit weights a ValueError.
     """
     path = Path(pretrained).expanduser()
     if not path.is_file():
@@ -188,13 +150,3 @@ def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
             raise FileNotFoundError(msg)
         path = find_pretrained(architecture.name, pretrained)
     return ClipBackbone(architecture, read_state_dict(path, "pretrained", torchscript=True), str(path))
-
-
-def random_weights(architecture: ClipArchitecture, seed: int) -> dict[str, Tensor]:
-    """Weights of a CLIP that has learned nothing: open_clip's initialisation, repeatable.
-
-    No random generator of the caller moves, on no device.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator, too
-        return dict(library.build_clip(architecture.name, architecture.config).state_dict())

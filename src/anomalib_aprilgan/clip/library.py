@@ -1,7 +1,4 @@
-"""What this package needs of open_clip, as plain functions; no other module imports open_clip.
-
-The import waits for the first call, because it takes seconds. Supported are 2.24 to 3.x.
-"""
+"""What this package needs of open_clip (2.24 to 3.x), as plain functions; no other module imports it."""
 
 from __future__ import annotations
 
@@ -10,48 +7,37 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import open_clip
 import torch
+from open_clip.model import resize_pos_embed
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import open_clip
 
 
 def model_names() -> list[str]:
     """Names of all architectures."""
-    import open_clip
-
     return list(open_clip.list_models())
 
 
 def model_config(name: str) -> dict[str, Any] | None:
     """A copy of an architecture's configuration; ``None`` for an unknown name."""
-    import open_clip
-
     config: dict[str, Any] | None = open_clip.get_model_config(name)
-    return copy.deepcopy(config)
+    return config
 
 
 def pretrained_tags(name: str) -> list[str]:
     """Tags of published weights of an architecture."""
-    import open_clip
-
     return list(open_clip.list_pretrained_tags_by_model(name))
 
 
 def pretrained_config(name: str, tag: str) -> dict[str, Any]:
     """Where the weights of a tag lie and which image statistics they want; empty for an unknown tag."""
-    import open_clip
-
     return dict(open_clip.get_pretrained_cfg(name, tag))
 
 
 def build_clip(name: str, config: dict[str, Any]) -> open_clip.CLIP:
     """The model of a configuration, with random weights; a ValueError names an entry that is unknown here."""
-    import open_clip
-
     try:
         return open_clip.CLIP(**copy.deepcopy(config))
     except TypeError as error:
@@ -60,16 +46,10 @@ def build_clip(name: str, config: dict[str, Any]) -> open_clip.CLIP:
 
 
 def load_weights(clip: open_clip.CLIP, state_dict: dict[str, Tensor]) -> None:
-    """Load weights in fp32 into a model whose image size may be another one.
+    """Load weights in fp32 into a model of any image size; a RuntimeError or KeyError says what does not fit.
 
     The positional embedding is resized as the authors do it: bicubic, antialiased, class token untouched.
-
-    Raises:
-        RuntimeError: Names or shapes differ.
-        KeyError: The positional embedding is missing.
     """
-    from open_clip.model import resize_pos_embed
-
     resized = dict(state_dict)
     resize_pos_embed(resized, clip)
     clip.load_state_dict(resized)
@@ -80,8 +60,6 @@ def tokenizer(
     hub_name: str | None, context_length: int, options: str
 ) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
     """CLIP's own tokenizer, or one from the Hugging Face hub; its further options come as JSON."""
-    import open_clip
-
     if hub_name:
         return open_clip.HFTokenizer(hub_name, context_length=context_length, **json.loads(options))
     return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
@@ -90,21 +68,14 @@ def tokenizer(
 def run_vision(
     visual: open_clip.transformer.VisionTransformer, images: Tensor, stages: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """Patch tokens ``(B, L, C)`` after every tapped block, counted from 1, and the image feature ``(B, D)``."""
-    if not stages:  # forward_intermediates wants one at least
-        return [], visual(images)
-    if not hasattr(visual, "forward_intermediates"):
-        return _run_vision_of_version_2(visual, images, stages)
-    output = visual.forward_intermediates(
-        images, indices=[stage - 1 for stage in stages], output_fmt="NLC", normalize_intermediates=False
-    )
-    return output["image_intermediates"], output["image_features"]
+    """Patch tokens ``(B, L, C)`` after every tapped block, counted from 1, and the image feature ``(B, D)``.
 
-
-def _run_vision_of_version_2(
-    visual: open_clip.transformer.VisionTransformer, images: Tensor, stages: Sequence[int]
-) -> tuple[list[Tensor], Tensor]:
-    """The same for open_clip 2, which has no such function."""
+    open_clip 3 has ``forward_intermediates`` for this; version 2 has not, and no image or no stage is too few for it.
+    """
+    if stages and hasattr(visual, "forward_intermediates") and (torch.compiler.is_compiling() or len(images)):
+        indices = [stage - 1 for stage in stages]
+        output = visual.forward_intermediates(images, indices=indices, output_fmt="NLC", normalize_intermediates=False)
+        return output["image_intermediates"], output["image_features"]
     patches = visual.conv1(images).flatten(2).transpose(1, 2)
     class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
     stream = torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
@@ -124,8 +95,6 @@ def _run_vision_of_version_2(
 
 def run_text_blocks(text: open_clip.CLIP, embedded: Tensor, mask: Tensor | None) -> Tensor:
     """Embedded tokens ``(B, L, C)`` after all blocks of the text tower."""
-    if hasattr(text.transformer, "batch_first"):
-        stream: Tensor = text.transformer(embedded, attn_mask=mask)
-    else:  # 2.24 wants (L, B, C)
-        stream = text.transformer(embedded.transpose(0, 1), attn_mask=mask).transpose(0, 1)
-    return stream
+    is_flipped = not hasattr(text.transformer, "batch_first")  # 2.24 wants (L, B, C)
+    stream: Tensor = text.transformer(embedded.transpose(0, 1) if is_flipped else embedded, attn_mask=mask)
+    return stream.transpose(0, 1) if is_flipped else stream

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,10 @@ _NUMBERS = {f"{name}Storage": name.lower() for name in ("Double", "Float", "Half
 def read_state_dict(
     path: Path, argument: str, nested_under: str = "state_dict", *, torchscript: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of a weight file: safetensors, a torch file (``weights_only``) or OpenAI's TorchScript archive.
+    """Tensors of a safetensors or torch file (``weights_only``) on the CPU, without a ``module.`` prefix.
 
-    Args:
-        path: The file.
-        argument: Name of the user's argument, for the error.
-        nested_under: Key under which the tensors may lie.
-        torchscript: Whether a TorchScript archive is accepted. Its tensors are read; its code never runs.
-
-    Returns:
-        Names and tensors on the CPU; the nesting and a ``module.`` prefix are taken off.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds something else or values that are not finite.
+    They may lie under the key ``nested_under``. With ``torchscript`` OpenAI's archives are accepted, whose code never
+    runs. Content that is damaged, something else or not finite is a ValueError, which names the user's ``argument``.
     """
     if not path.is_file():
         msg = f"`{argument}`: no weight file {path}."
@@ -45,7 +33,13 @@ def read_state_dict(
         msg = f"`{argument}`: {path} is a TorchScript archive; pass a .pth or .safetensors file of tensors."
         raise ValueError(msg)
     try:
-        content: Any = _read_archive(path) if is_archive else _read_tensors(path)
+        content: Any
+        if is_archive:
+            content = _read_archive(path)
+        elif path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         msg = (
@@ -65,29 +59,6 @@ def read_state_dict(
         raise ValueError(msg)
     prefix = "module." if all(name.startswith("module.") for name in content) else ""
     return {name.removeprefix(prefix): value for name, value in content.items()}
-
-
-def digest_of(state_dict: dict[str, Tensor]) -> str:
-    """Hash over the names, shapes and values of all tensors: 32 hexadecimal digits.
-
-    Values count as fp32, so a file in half precision and its copy in fp32 have one digest. Order does not count.
-    """
-
-    def hash_tensor(name: str) -> bytes:
-        value = state_dict[name].detach().float().cpu()
-        digest = hashlib.blake2b(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.reshape(-1).numpy().data)
-        return digest.digest()
-
-    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
-        digests = pool.map(hash_tensor, sorted(state_dict))
-        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
-
-
-def _read_tensors(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -116,13 +87,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
         self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> object:
-        """What stands for a name of the pickle.
-
-        Functions are made anew at every call, because a pickle can set attributes of what it gets.
-
-        Raises:
-            UnpicklingError: The name is none of the few that tensors and modules need.
-        """
+        """What stands for a name that tensors and modules need; made anew, because a pickle can set its attributes."""
         if module.partition(".")[0] == "__torch__":
             return type(name, (_Module,), {"class_name": f"{module}.{name}"})
         if module == "torch" and name in _NUMBERS:

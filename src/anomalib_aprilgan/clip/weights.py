@@ -1,4 +1,4 @@
-"""Where weight files come from: the caches of this machine, or downloads that are verified and never half-written."""
+"""Weight files from the caches of this machine, or from downloads that are verified and never half-written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package
 
 from ..files import sha256, temporary_beside
 from . import library
-from .registry import BUILT_IN_CLIPS
+from .architecture import BUILT_IN_CLIPS
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,8 @@ class WeightsUnavailableError(FileNotFoundError):
     """Weights are neither on this machine nor to be had from the network."""
 
 
-@dataclass(frozen=True)
-class AuthorsAdapters:
-    r"""One adapter file of the authors' repository.
-
-    Args:
-        file_name: Name in the repository's ``exps/pretrained``.
-        git_blob_id: SHA-1 of ``"blob <size>\0"`` and the file's bytes, from the repository's tree.
-        trained_on: anomalib's name of the data set whose test images trained it.
-    """
+class AuthorsAdapters(NamedTuple):
+    """A file of the authors' ``exps/pretrained``, its :func:`git_blob_id`, and the anomalib data it was trained on."""
 
     file_name: str
     git_blob_id: str
@@ -66,9 +59,7 @@ def is_offline() -> bool:
 def authors_adapters(name: str) -> Path:
     """File of the authors' adapters ``"mvtec"`` or ``"visa"``, fetched once into the user's cache.
 
-    Raises:
-        WeightsUnavailableError: Not cached, and the network does not give it.
-        ValueError: What came has not the bytes that the authors published.
+    A WeightsUnavailableError says why it cannot be had, a ValueError that other bytes came than were published.
     """
     source = AUTHORS_ADAPTERS[name]
     target = user_cache_path("anomalib_aprilgan") / AUTHORS_COMMIT[:7] / source.file_name
@@ -94,15 +85,9 @@ def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...],
 
 
 def find_pretrained(backbone: str, tag: str) -> Path:
-    """File with the weights of an open_clip tag: built in, cached here, or fetched into open_clip's own cache.
+    """File with the weights of an architecture's open_clip tag: built in, cached here, or fetched into a cache.
 
-    Args:
-        backbone: Name of the architecture.
-        tag: A tag that open_clip knows for it ("openai").
-
-    Raises:
-        WeightsUnavailableError: In no cache, and the network may not be used or does not give it.
-        ValueError: The tag is unknown, or the fetched file has not the published digest.
+    A WeightsUnavailableError says why it cannot be had, a ValueError that the tag is unknown or other bytes came.
     """
     built_in = BUILT_IN_CLIPS.get(backbone)
     if built_in is not None and tag == built_in.pretrained:
@@ -117,14 +102,7 @@ def find_pretrained(backbone: str, tag: str) -> Path:
 
 
 def _find_published(url: str, hub: str, argument: str, backbone: str) -> Path:
-    """File of published weights, in the Hugging Face cache, in open_clip's, or fetched into one of them.
-
-    Args:
-        url: Address, where open_clip knows one.
-        hub: ``"owner/name/"`` or ``"owner/name/file"`` on the Hugging Face hub, where open_clip knows one.
-        argument: The user's argument, for the error.
-        backbone: Name of the architecture, for the error.
-    """
+    """File in the Hugging Face cache (``hub``: ``"owner/name/"``, maybe with a file) or in open_clip's (``url``)."""
     repository, _, file_name = hub.rpartition("/")
     hub_files = ((file_name,) if file_name else _HUB_FILES) if repository else ()
     for name in hub_files:
@@ -143,11 +121,9 @@ def _find_published(url: str, hub: str, argument: str, backbone: str) -> Path:
         else:
             return target
     places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files]
-    places += [f"{target}{damage}"] if url else []
+    looked = "; ".join([*places, f"{target}{damage}"] if url else places)
     hints = " ".join(clip.hint for clip in BUILT_IN_CLIPS.values())
-    remedy = (
-        f"Looked for: {'; '.join(places)}. Put the file there, or pass its path: `pretrained=/path/to/file`. {hints}"
-    )
+    remedy = f"Looked for: {looked}. Put the file there, or pass its path: `pretrained=/path/to/file`. {hints}"
     if is_offline():
         msg = f"{argument}: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"
         raise WeightsUnavailableError(msg)
@@ -162,7 +138,6 @@ def _find_published(url: str, hub: str, argument: str, backbone: str) -> Path:
 
 
 def _download_from_hub(repository: str, names: Sequence[str]) -> Path:
-    """The first of these files that the repository has."""
     *others, last = names
     for name in others:
         try:
@@ -175,20 +150,10 @@ def _download_from_hub(repository: str, names: Sequence[str]) -> Path:
 
 
 def fetch(url: str, target: Path, verify: Callable[[Path], None], timeout: float = 30.0) -> None:
-    """Download to ``target``; the name appears only when the file is whole and verified.
+    """Download to ``target``; the name appears only when the file is whole and ``verify`` has not raised.
 
     ``torch.hub.download_url_to_file`` waits for ever where a server falls silent, and takes a body that ends early for
-    a whole one.
-
-    Args:
-        url: Address.
-        target: Where the file shall lie; its folder is created.
-        verify: Called with the finished temporary file; raises where it is not the right one.
-        timeout: Seconds without a byte before giving up.
-
-    Raises:
-        OSError: The address cannot be read to its end, or the folder cannot be written.
-        ValueError: ``verify`` refused the file.
+    a whole one. Here both are an OSError, the first after ``timeout`` seconds without a byte.
     """
     logger.info("Downloading %s to %s", url, target)
     with temporary_beside(target) as temporary:

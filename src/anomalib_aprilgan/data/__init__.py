@@ -1,6 +1,5 @@
 """Datamodules: auxiliary training data, and many categories in one run."""
 
-from .auxiliary import AuxiliaryData
-from .categories import MultiCategoryData
+from .datamodules import AuxiliaryData, MultiCategoryData
 
 __all__ = ["AuxiliaryData", "MultiCategoryData"]

@@ -1,8 +1,10 @@
-"""What lies in loaders: data sets, and the files behind them."""
+"""What lies in datamodules and loaders: data sets, the files behind them, and their classes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from os.path import commonpath
+from pathlib import Path
 
 from anomalib.data import AnomalibDataModule, AnomalibDataset, PredictDataset
 from lightning.pytorch.utilities import CombinedLoader
@@ -36,12 +38,7 @@ def datasets_in(data: object) -> Iterator[object]:
 
 
 def listed_files(data: object) -> list[str]:
-    """Paths of the images, in the order of the data, as batches name them in ``image_path``.
-
-    Args:
-        data: A data set, a ``Subset`` or ``ConcatDataset``, a loader, or a list or dictionary of these, such as
-            ``trainer.predict_dataloaders``. What does not tell its files counts as having none.
-    """
+    """Paths of the images in data sets and loaders, as batches name them; none of what does not tell its files."""
     files: list[str] = []
     for entry in entries(data):
         if isinstance(entry, DataLoader):
@@ -56,3 +53,20 @@ def listed_files(data: object) -> list[str]:
         elif isinstance(parts := getattr(entry, "datasets", None), list):  # ConcatDataset
             files += listed_files(parts)
     return files
+
+
+def common_folder(data: object) -> Path | None:
+    """The folder that all files lie in which :func:`listed_files` lists; ``None`` where there are none."""
+    folders = {Path(file).absolute().parent for file in listed_files(data)}
+    return Path(commonpath(folders)) if folders else None
+
+
+def tells_classes(loaders: object) -> bool:
+    """Whether the images of a loader, or of any in a list or dictionary of them, come with their class names."""
+    datasets = [getattr(loader, "dataset", None) for loader in entries(loaders)]
+    return any("class_name" in getattr(dataset, "samples", ()) for dataset in datasets)
+
+
+def class_name_of(module: AnomalibDataModule) -> str:
+    """The class of a datamodule's images: its category, else the name that the user gave, else "object"."""
+    return module.category or ("object" if module.name == type(module).__name__ else module.name)

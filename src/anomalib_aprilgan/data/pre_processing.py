@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 from torchvision.tv_tensors import Mask, wrap
 
+from ..running import full_precision
+
 # CLIP's own statistics (open_clip.constants.OPENAI_DATASET_MEAN / _STD).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -22,25 +24,13 @@ _HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
-    """Antialiased resize as Pillow does it on 8-bit pixels: along the width, quantised, along the height, quantised.
-
-    The published results rest on Pillow's resize. torchvision's differs on float images, and OpenVINO drops the
-    antialias flag of ONNX's operator without a word. Two products with filter matrices are one arithmetic for data
-    loading, ``forward`` and export, within one 8-bit step of Pillow (from Pillow 13 on: of its two passes in this
-    order). anomalib's datamodules look for a subclass of torchvision's ``Resize``.
-
-    Images are floats in ``[0, 1]`` or ``uint8``, ``(..., H, W)``, resized bicubic and returned as floats on the 1/255
-    grid; what augmentations have shot over the range is cut. Masks are resized by :func:`resize_mask`.
-
-    Args:
-        size: Height and width of the result in pixels.
-    """
+    """:func:`resize_image` and :func:`resize_mask` as a ``Resize``, which anomalib's datamodules look for."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401  # torchvision's signature
-        """Resize one image or mask; anything else passes."""
+        """One image or mask resized; what augmentations have shot over the range is cut. Anything else passes."""
         del params
         height, width = self.size
         if isinstance(inpt, Mask):
@@ -48,7 +38,7 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no ty
         if isinstance(inpt, Tensor):
             _check_range(inpt, _OVERSHOOT)
             resized = resize_image(inpt.as_subclass(Tensor), (height, width))
-            return wrap(resized, like=inpt) if type(inpt) is not Tensor else resized
+            return resized if type(inpt) is Tensor else wrap(resized, like=inpt)
         return super().transform(inpt, {})
 
 
@@ -57,8 +47,7 @@ class AprilGANPreProcessor(PreProcessor):
 
     Args:
         image_size: Height and width in pixels.
-        mean: Channel means in ``[0, 1]``.
-        std: Channel standard deviations in ``[0, 1]``.
+        mean: Channel means in ``[0, 1]``; ``std`` are their standard deviations.
         tiled: Whether anomalib leaves images and masks of a batch at full size; the model then prepares tiles of them.
     """
 
@@ -74,28 +63,26 @@ class AprilGANPreProcessor(PreProcessor):
         super().__init__(None if tiled else whole)
         self.image_size = image_size
         self.tiled = tiled
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
+        self.mean: Tensor = nn.Buffer(torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.std: Tensor = nn.Buffer(torch.tensor(std).view(3, 1, 1), persistent=False)
         # anomalib would export a copy of the transform with antialiasing switched off.
         self.export_transform = None
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` resized to ``(B, 3, *image_size)`` and normalised."""
+        return (resize_image(batch, self.image_size) - self.mean) / self.std
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch[Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """anomalib's, which does not accept the number that Lightning passes where there are several loaders."""
+        """Drop the number that Lightning passes where there are several loaders: anomalib's does not take it."""
         del dataloader_idx
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """The transform, for images ``(B, 3, H, W)`` without masks: ``(B, 3, *image_size)``, normalised."""
-        return (resize_image(batch, self.image_size) - self.mean) / self.std
-
     def checkpoint_config(self) -> dict[str, Any]:
-        """Plain data from which the transforms are rebuilt (anomalib's own way knows only its own transforms)."""
-        height, width = self.image_size
-        return {"image_size": [height, width], "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        """Plain data from which the transforms are rebuilt; anomalib's own way knows only its own transforms."""
+        statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return {"image_size": list(self.image_size), **statistics}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice."""
@@ -107,32 +94,28 @@ class AprilGANPreProcessor(PreProcessor):
 
 
 def prepared(pre_processor: nn.Module | None, images: Tensor) -> Tensor:
-    """Images as the network takes them, by any pre-processor: in steps, for references, in ``forward`` and exports.
+    """Images ``(B, 3, H, W)``, floats in ``[0, 1]`` or ``uint8``, as the network takes them; as given for ``None``.
 
-    anomalib's ``PreProcessor`` resizes with antialias in the Engine's loops and without in its ``forward``, which is
-    for exports. Here it does so in exports alone.
-
-    Args:
-        pre_processor: The model's; ``None`` where images come prepared.
-        images: ``(B, 3, H, W)``, float in ``[0, 1]`` or ``uint8``.
-
-    Raises:
-        ValueError: Values of floats lie outside ``[0, 1]``, by more than an 8-bit step's half. Exports do not check.
+    anomalib's ``PreProcessor`` resizes without antialias in its ``forward``, which is for exports. Elsewhere its
+    transform is taken, and floats outside ``[0, 1]`` by more than half an 8-bit step are a ValueError.
     """
     if pre_processor is None:
         return images
     _check_range(images, _HALF_STEP)
-    if isinstance(pre_processor, AprilGANPreProcessor) or not isinstance(pre_processor, PreProcessor):
-        out: Tensor = pre_processor(images)
-    elif torch.compiler.is_exporting():
-        out = pre_processor(images)
-    else:
-        out = images if pre_processor.transform is None else pre_processor.transform(images)
-    return out
+    transform: Callable[[Tensor], Tensor] | None = pre_processor
+    if isinstance(pre_processor, PreProcessor) and not isinstance(pre_processor, AprilGANPreProcessor):
+        transform = pre_processor if torch.compiler.is_exporting() else pre_processor.transform
+    with full_precision(images):  # a resize in half precision is another one
+        return images if transform is None else transform(images)
+
+
+def describe(pre_processor: nn.Module | None) -> str:
+    """What a pre-processor does, in words: the same for two that do the same."""
+    return str(pre_processor.checkpoint_config() if isinstance(pre_processor, AprilGANPreProcessor) else pre_processor)
 
 
 def _check_range(images: Tensor, tolerance: float) -> None:
-    if torch.compiler.is_compiling() or images.is_meta or not images.is_floating_point():
+    if torch.compiler.is_compiling() or images.is_meta or not (images.is_floating_point() and images.numel()):
         return
     low, high = images.min().item(), images.max().item()
     if not (low >= -tolerance and high <= 1.0 + tolerance):  # also where one is not a number
@@ -141,19 +124,11 @@ def _check_range(images: Tensor, tolerance: float) -> None:
 
 
 def aspect_size(image_size: tuple[float, float], side: int, patch_size: int) -> tuple[int, int]:
-    """Height and width, multiples of the patch, that keep the shape of an image at the cost of a square one.
+    """Height and width in pixels that keep the shape of ``image_size``, in any unit, at the cost of a square ``side``.
 
     Of all sizes with at most as many patches as the square and at least nine tenths of them, the one nearest in
     shape, and among equals the largest: for images of 2048 x 1024 pixels 26 x 52 patches of 14, where a square of 518
-    would squash them into 37 x 37.
-
-    Args:
-        image_size: Height and width of the images, in pixels or any other unit.
-        side: Side of the square in pixels, a multiple of the patch.
-        patch_size: Side of a patch in pixels.
-
-    Raises:
-        ValueError: An argument is out of its range.
+    would squash them into 37 x 37. A ValueError names an argument out of range.
     """
     height, width = image_size
     if height <= 0 or width <= 0:
@@ -164,44 +139,36 @@ def aspect_size(image_size: tuple[float, float], side: int, patch_size: int) -> 
         raise ValueError(msg)
     most = (side // patch_size) ** 2
     shape = math.log(width / height)
-    grids = [
-        (rows, columns)
-        for rows in range(1, most + 1)
-        for columns in range(math.ceil(0.9 * most / rows), most // rows + 1)
-    ]
+    by_rows = {rows: range(math.ceil(0.9 * most / rows), most // rows + 1) for rows in range(1, most + 1)}
+    grids = [(rows, columns) for rows, widths in by_rows.items() for columns in widths]
     # Rounded, so that sizes of one shape count as equals.
     rows, columns = min(grids, key=lambda grid: (round(abs(math.log(grid[1] / grid[0]) - shape), 9), -math.prod(grid)))
     return rows * patch_size, columns * patch_size
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic antialiased resize on 8-bit pixels, of an image ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``.
+    """Bicubic antialiased resize of an image ``(..., H, W)``, float in ``[0, 1]`` or ``uint8``, to multiples of 1/255.
 
-    Returns:
-        ``(..., *size)``, float32 in ``[0, 1]``, multiples of 1/255.
+    The published results rest on Pillow's resize: along the width, quantised, along the height, quantised. torchvision
+    differs on float images, and OpenVINO drops the antialias flag of ONNX's operator without a word. Two products with
+    filter matrices are one arithmetic for data loading, ``forward`` and export, within one 8-bit step of Pillow (from
+    Pillow 13 on: of its two passes in this order). The result is float32 in ``[0, 1]``.
     """
     pixels = image.float() if image.dtype == torch.uint8 else (image * 255.0).float()
     return _resize_eight_bit(_to_eight_bit(pixels), size, _bicubic) / 255.0
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear antialiased resize of a mask ``(..., H, W)``, set where above zero, cut at one half (dataset.py).
-
-    Returns:
-        ``(..., *size)``, 0 or 1 in the dtype of ``mask``.
-    """
-    if tuple(mask.shape[-2:]) == tuple(size):
-        return (mask > 0).to(mask.dtype)
-    return (_resize_eight_bit((mask > 0).float() * 255.0, size, _bilinear) > 127.5).to(mask.dtype)
+    """Bilinear antialiased resize of a mask ``(..., H, W)``, set where above 0, to 0 and 1, cut at 0.5 (dataset.py)."""
+    resized = _resize_eight_bit((mask > 0).float() * 255.0, size, lambda x: (1.0 - x).clamp(min=0.0))
+    return (resized > 127.5).to(mask.dtype)
 
 
 def _resize_eight_bit(pixels: Tensor, size: tuple[int, int], kernel: Callable[[Tensor], Tensor]) -> Tensor:
-    height, width = pixels.shape[-2:]
-    if not torch.compiler.is_exporting() and (height, width) == tuple(size):
+    if not torch.compiler.is_exporting() and tuple(pixels.shape[-2:]) == tuple(size):
         return pixels
-    rows = _filter_matrix(height, size[0], kernel, pixels.device)
-    columns = _filter_matrix(width, size[1], kernel, pixels.device)
-    # Along the width first, and quantised in between, as Pillow did when the published results were made.
+    rows = _filter_matrix(pixels.shape[-2], size[0], kernel, pixels.device)
+    columns = _filter_matrix(pixels.shape[-1], size[1], kernel, pixels.device)
     return _to_eight_bit(rows @ _to_eight_bit(pixels @ columns.T))
 
 
@@ -211,12 +178,8 @@ def _to_eight_bit(pixels: Tensor) -> Tensor:
 
 
 def _filter_matrix(length: int, target: int, kernel: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """Weights ``(target, length)`` of an antialiased resize along one axis, rows summing to one.
-
-    The kernel widens with the reduction, and taps outside the image are left out (Pillow, Resample.c).
-    """
-    # Not every accelerator has float64; a graph stays on the device of its input.
-    maker = device if torch.compiler.is_exporting() else torch.device("cpu")
+    # Rows sum to one. The kernel widens with the reduction, and taps outside the image are left out (Resample.c).
+    maker = device if torch.compiler.is_exporting() else torch.device("cpu")  # not every accelerator has float64
     scale = length / target
     widening: Any = torch.sym_max(scale, 1.0)  # symbolic in an export
     centres = (torch.arange(target, device=maker, dtype=torch.float64) + 0.5) * scale
@@ -230,7 +193,3 @@ def _bicubic(x: Tensor) -> Tensor:
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     return torch.where(x < 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
-
-
-def _bilinear(x: Tensor) -> Tensor:
-    return (1.0 - x).clamp(min=0.0)

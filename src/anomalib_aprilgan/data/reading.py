@@ -1,9 +1,4 @@
-"""Images as a viewer shows them, whatever their bit depth, palette, transparency and orientation.
-
-anomalib reads an image with ``Image.open(path).convert("RGB")``: 16-bit images come out white, turned ones lie on their
-side, and one broken file ends a prediction. :mod:`~anomalib_aprilgan.data.reading_hooks` makes anomalib's data sets
-read with :func:`load_image` instead.
-"""
+"""Images as a viewer shows them, whatever their pixel type, and small copies of those that a run has read."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 MAX_PIXELS = 2**29  # 23170 x 23170, 6.4 GB as float32; Pillow stops at a third of it, line-scan images do not
@@ -29,16 +27,16 @@ _FULL_12_BIT = 4095
 _PHOTOMETRIC, _MIN_IS_WHITE = 262, 0  # a tag of TIFF, which Pillow heeds in 8-bit images alone
 # What Pillow's readers raise on broken files.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
-_LIFTING = Lock()
+# Bounds of the copies for drawings: enough for a batch of 32 at 1024 x 1024 pixels.
+MAX_IMAGES, MAX_BYTES = 64, 2**27
+
+_LIFTING, _KEEPING = Lock(), Lock()
+_KEPT: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+_SIDES: list[int] = []  # of the runs that draw
 
 
 class UnreadableImageError(ValueError):
-    """A file cannot be read as an image; the text names the file, the reason and the remedy.
-
-    Args:
-        message: The text.
-        path: The file; ``None`` where a worker process of a loader has reported it in words alone.
-    """
+    """A file cannot be read as an image; ``path`` is ``None`` where a loader's worker has told it in words alone."""
 
     def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(message)
@@ -46,13 +44,13 @@ class UnreadableImageError(ValueError):
 
     @classmethod
     def of(cls, path: Path, reason: str) -> UnreadableImageError:
-        """The error for one file and its reason."""
+        """The error that names the file, the reason and the remedy."""
         remedy = "Replace or remove it, or save it as PNG, JPEG or TIFF with 8 or 16 bits"
         return cls(f"{path} cannot be read as an image ({reason}). {remedy}.", path)
 
 
 def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """An image as a viewer shows it, ``(3, H, W)``, float32 in ``[0, 1]``.
+    """An image as a viewer shows it, ``(3, H, W)``, float32 in ``[0, 1]``; anomalib's reader makes 16-bit images white.
 
     - 8-bit and 1-bit gray, RGB, palette, CMYK: as Pillow converts them; colour profiles are not applied.
     - 16-bit gray: divided by 65535. An image saved with 16 bits (``257 * v``) has the values of the 8-bit one. Cameras
@@ -61,16 +59,10 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
     - 32-bit integers: read as 16-bit ones; a value out of ``[0, 65535]`` is an error.
     - Float: must lie in ``[0, 1]``; a range is never guessed, or two images of one camera would differ in scale.
     - Transparency: laid on black, in proportion to the opacity, so that colours under transparent pixels do not count.
-      An opaque image equals the one without alpha.
     - EXIF orientation: applied; ``H`` and ``W`` are those of the turned image.
     - Several pages: the first.
 
-    Args:
-        path: The file, of at most ``MAX_PIXELS`` pixels. Pillow's own, lower limit is lifted while a larger image is
-            read, and put back.
-
-    Raises:
-        UnreadableImageError: The file is missing, broken, too large, or no image.
+    A file that is missing, broken, no image, or of more than ``MAX_PIXELS`` pixels is an UnreadableImageError.
     """
     path = Path(path)
     try:
@@ -87,8 +79,7 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
 
 @contextmanager
 def _without_limit() -> Iterator[None]:
-    """Pillow's limit is a global: it is lifted for one image and put back."""
-    with _LIFTING:
+    with _LIFTING:  # Pillow's own limit is lower, and a global
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -134,3 +125,44 @@ def _gray(values: np.ndarray[Any, Any], full: float, rule: str) -> Tensor:
         msg = f"{rule}, these lie in [{low:g}, {high:g}]"
         raise ValueError(msg)
     return torch.from_numpy(values.astype(np.float32) / np.float32(full)).repeat(3, 1, 1)
+
+
+def display_image(path: str, max_side: int) -> Tensor:
+    """The image ``(3, h, w)``, uint8, of a path in a batch, at most ``max_side`` wide and high, with antialias."""
+    kept = _KEPT.get((path, max_side))
+    return _small(load_image(path), max_side) if kept is None else kept
+
+
+@contextmanager
+def keep_for_display(max_side: int) -> Iterator[None]:
+    """Keep small copies of the images that :func:`note_image` is told of, for as long as the context lasts."""
+    _SIDES.append(max_side)
+    try:
+        yield
+    finally:
+        with _KEEPING:
+            _SIDES.remove(max_side)
+            if not _SIDES:
+                _KEPT.clear()
+
+
+def note_image(path: str, image: Tensor) -> None:
+    """Keep a small copy of an image ``(3, H, W)`` in ``[0, 1]`` for a run that draws; the oldest make room."""
+    if get_worker_info() is not None:  # the drawing happens in another process
+        return
+    for max_side in set(_SIDES):
+        small = _small(image, max_side)
+        with _KEEPING:
+            _KEPT[path, max_side] = small
+            _KEPT.move_to_end((path, max_side))
+            while len(_KEPT) > MAX_IMAGES or sum(kept.nbytes for kept in _KEPT.values()) > MAX_BYTES:
+                _KEPT.popitem(last=False)
+
+
+def _small(image: Tensor, max_side: int) -> Tensor:
+    scale = max_side / max(image.shape[-2:])
+    if scale < 1.0:
+        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    eight_bit: Tensor = to_dtype(image.clamp(0.0, 1.0), torch.uint8, scale=True)
+    return eight_bit

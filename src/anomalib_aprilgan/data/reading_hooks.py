@@ -1,12 +1,10 @@
-"""Lets anomalib's data sets read their images with :func:`~anomalib_aprilgan.data.reading.load_image` during a run.
-
-The data sets and loaders of the run are changed one by one, and changed back when the run ends.
-"""
+"""Lets anomalib's data sets read their images with :func:`~anomalib_aprilgan.data.reading.load_image` during a run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import cache
@@ -18,13 +16,13 @@ import numpy as np
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.tv_tensors import Image
 
-from .display import keep_for_display, note_image
 from .listing import datasets_in, entries
-from .reading import UnreadableImageError, load_image
+from .reading import UnreadableImageError, keep_for_display, load_image, note_image
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +30,9 @@ logger = logging.getLogger(__name__)
 class ReadingHooks(Callback):
     """Changes how the data of a run is read, and puts everything back when the run ends, also by an exception.
 
-    A model holds one, calls :meth:`install` in its ``setup`` and returns the object from ``configure_callbacks``.
-    Loaders and datamodule are there by ``setup``, and the loaders' workers are not: the start hooks of the loops come
-    too late, since Lightning has started the workers before it calls them.
+    A model calls :meth:`install` in its ``setup``, because workers of loaders start before the loops' hooks are called,
+    and returns this object from ``configure_callbacks``. Its callbacks, too, leave the trainer when the run ends:
+    Lightning would run them with the next model.
     """
 
     def __init__(self) -> None:
@@ -44,34 +42,39 @@ class ReadingHooks(Callback):
         """A copy has nothing to put back."""
         return type(self), ()
 
-    def install(self, trainer: Trainer, stage: str) -> None:
-        """Read all that a trainer is about to load with :func:`load_image`, until its run ends.
+    def install(self, trainer: Trainer, stage: str, own: Collection[object] = ()) -> None:
+        """Read all of a trainer's ``stage``, as ``setup`` gets it, with :func:`load_image`, until its run ends.
 
-        In prediction, broken files are skipped as by :func:`skip_unreadable`. Where results are drawn, small copies of
-        the images are kept for the drawings. ``stage`` is what Lightning gives to ``setup``.
+        Predictions skip broken files as :func:`skip_unreadable` does; runs that draw keep small copies of the images.
+        ``own`` are the callbacks that the model has brought.
         """
-        loops: dict[str, tuple[Any, ...]] = {
-            "fit": (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop),
-            "validate": (trainer.validate_loop,),
-            "test": (trainer.test_loop,),
-            "predict": (trainer.predict_loop,),
-        }
         undo = self._undo.setdefault(trainer, ExitStack())
-        for loop in loops[stage]:
+        undo.callback(_remove_callbacks, trainer, [*own, self])
+        loops = [
+            getattr(trainer, f"{TrainerFn(stage).value}_loop"),
+            *([trainer.fit_loop.epoch_loop.val_loop] if stage == "fit" else []),
+        ]
+        for loop in loops:
             source = loop._data_source.instance  # noqa: SLF001  # the only way to loaders before they are iterated
             undo.enter_context(read_rightly(source))
             if stage == "predict":
                 undo.enter_context(skip_unreadable(source))
         if stage in {"test", "predict"}:
-            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it elsewhere
-            for callback in callbacks:
-                max_side = getattr(callback, "max_side", None)
-                if isinstance(callback, Visualizer) and max_side is not None:
-                    undo.enter_context(keep_for_display(max_side))
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+                if isinstance(callback, Visualizer) and hasattr(callback, "max_side"):
+                    undo.enter_context(keep_for_display(callback.max_side))
 
     def restore(self, trainer: Trainer) -> None:
         """Put back what :meth:`install` has changed for a trainer."""
         self._undo.pop(trainer, ExitStack()).close()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name once more the files that could not be read."""
+        del pl_module
+        skipped = unreadable_files(trainer.predict_dataloaders)
+        if skipped:
+            names = ", ".join(path.name for path in skipped)
+            warnings.warn(f"{len(skipped)} files could not be read and have no prediction: {names}.", stacklevel=2)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put everything back."""
@@ -84,17 +87,19 @@ class ReadingHooks(Callback):
         self.restore(trainer)
 
 
+def _remove_callbacks(trainer: Trainer, own: Collection[object]) -> None:
+    ids, attributes = {id(callback) for callback in own}, vars(trainer)
+    # A new list: Lightning may be going through the old one.
+    attributes["callbacks"] = [callback for callback in attributes["callbacks"] if id(callback) not in ids]
+
+
 @contextmanager
 def read_rightly(data: object) -> Iterator[None]:
     """Let the data sets in ``data`` read their images with :func:`load_image` for as long as the context lasts.
 
     Each instance gets a subclass of its class, in which anomalib's own ``__getitem__`` finds ours under the name
-    ``read_image``. Data sets whose ``__getitem__`` does not call anomalib's ``read_image`` keep their own reading.
-    Masks are read by anomalib, as they are stored: annotation tools draw them on the image as it is shown.
-
-    Args:
-        data: A data set, a ``Subset`` or ``ConcatDataset``, a loader that was not iterated yet, an anomalib datamodule
-            after its ``setup``, or a list or dictionary of these. Anything else is left alone.
+    ``read_image``; data sets that read in another way go on so. Masks are read by anomalib, as they are stored:
+    annotation tools draw them on the image as it is shown. Loaders must not be iterated yet, datamodules be set up.
     """
     with ExitStack() as undo:
         for dataset in datasets_in(data):
@@ -104,7 +109,7 @@ def read_rightly(data: object) -> Iterator[None]:
 
 
 def reading_copy(dataset: AnomalibDataset) -> AnomalibDataset:
-    """A copy that reads its images with :func:`load_image`; the data set itself stays as it is."""
+    """A copy that reads its images with :func:`load_image`."""
     twin = copy(dataset)
     twin.__class__ = _reading_class(type(dataset))
     return twin
@@ -112,14 +117,10 @@ def reading_copy(dataset: AnomalibDataset) -> AnomalibDataset:
 
 @contextmanager
 def skip_unreadable(loaders: object) -> Iterator[None]:
-    """Let the loaders of unlabelled folders skip files that cannot be read, with a warning that names each.
+    """Let loaders, not iterated yet, skip files that cannot be read, for as long as the context lasts.
 
-    A batch is made of its readable images, and a batch without any is left out; positions in a prediction therefore
-    say nothing, ``image_path`` does. Where not one file can be read, that is an error. Loaders of other data than
-    anomalib's ``PredictDataset`` are left alone: with labels, a file that is left out would change the metrics.
-
-    Args:
-        loaders: A loader, or a list or dictionary of them, not iterated yet; changed for as long as the context lasts.
+    A batch without any readable image is left out; positions in a prediction therefore say nothing. Loaders of other
+    data than anomalib's ``PredictDataset`` are left alone: a labelled file that is left out would change the metrics.
     """
     with ExitStack() as undo:
         for loader in entries(loaders):
@@ -132,37 +133,28 @@ def skip_unreadable(loaders: object) -> Iterator[None]:
 
 
 def unreadable_files(loaders: object) -> list[Path]:
-    """Files that the last pass of these loaders skipped, in the order in which they were met.
-
-    Args:
-        loaders: What :func:`skip_unreadable` was given, or ``trainer.predict_dataloaders``.
-    """
-    return [path for loader in entries(loaders) for path in getattr(loader, "unreadable", [])]
+    """Files that the last pass of loaders, such as ``trainer.predict_dataloaders``, skipped, as they were met."""
+    return [error.path for loader in entries(loaders) for error in getattr(loader, "unreadable", [])]
 
 
 class SkippingLoader(DataLoader[Any]):
     """A loader that leaves out what cannot be read; :func:`skip_unreadable` makes one of a plain loader."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own class of iterators
-        """Batches of readable images.
-
-        Raises:
-            UnreadableImageError: There was not one.
-        """
-        self.unreadable: list[Path | None] = []
-        errors: list[UnreadableImageError] = []
+        """Batches of readable images; an UnreadableImageError where there is not one."""
+        self.unreadable: list[UnreadableImageError] = []
         is_empty = True
-        for batch, unread in super().__iter__():
-            for error in unread:
+        for batch, errors in super().__iter__():
+            for error in errors:
                 logger.warning("Skipped: %s", error)
-                self.unreadable.append(error.path)
-            errors += unread
+            self.unreadable += errors
             if batch is not None:
                 is_empty = False
                 yield batch
-        if is_empty and errors:
-            msg = f"None of {len(errors)} files can be read. The first: {errors[0]}"
-            raise UnreadableImageError(msg, errors[0].path)
+        if is_empty and self.unreadable:
+            first = self.unreadable[0]
+            msg = f"None of {len(self.unreadable)} files can be read. The first: {first}"
+            raise UnreadableImageError(msg, first.path)
 
 
 class _Tolerant(Subset[Any]):
@@ -173,7 +165,7 @@ class _Tolerant(Subset[Any]):
         self.collate = collate
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Items of a batch, as torch's loaders ask for them."""
+        """The items of a batch, or their errors."""
         items: list[Any] = []
         for index in indices:
             try:
@@ -189,9 +181,12 @@ class _Tolerant(Subset[Any]):
         return (self.collate(readable) if readable else None), errors
 
 
+def _whole(dataset: object) -> object:
+    return _whole(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
 @contextmanager
 def _changed(thing: object, cls: type, attributes: Mapping[str, object]) -> Iterator[None]:
-    """Another class and other attributes for an object, for as long as the context lasts."""
     before, values = type(thing), vars(thing)
     replaced = {name: values[name] for name in attributes if name in values}
     thing.__class__ = cls
@@ -203,11 +198,6 @@ def _changed(thing: object, cls: type, attributes: Mapping[str, object]) -> Iter
         for name in attributes:
             del values[name]
         values.update(replaced)
-
-
-def _whole(dataset: object) -> object:
-    """The data set below subsets."""
-    return _whole(dataset.dataset) if isinstance(dataset, Subset) else dataset
 
 
 @cache
@@ -236,7 +226,5 @@ def read_image(path: str | Path, as_tensor: bool = False) -> Tensor | np.ndarray
     """Stands in for anomalib's ``read_image``, with its arguments; tells the drawings what was read."""
     image = load_image(path)
     note_image(str(path), image)
-    if not as_tensor:
-        return image.permute(1, 2, 0).numpy()
-    wrapped: Tensor = Image(image)
-    return wrapped
+    read: Tensor | np.ndarray[Any, Any] = Image(image) if as_tensor else image.permute(1, 2, 0).numpy()
+    return read

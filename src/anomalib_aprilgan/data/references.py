@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import file_digest
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils.image import is_image_file
 from torch import Tensor
 
+from ..files import sha256
 from .reading import UnreadableImageError, load_image
 
 OneClass = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -22,15 +22,7 @@ References = OneClass | Mapping[str, OneClass]
 
 @dataclass(frozen=True)
 class ReferenceSource:
-    """Where references are drawn from, and how.
-
-    Args:
-        k_shot: How many.
-        seed: Seed of the draw.
-        given: The user's folder or list; else the training images of ``datamodule``.
-        datamodule: anomalib's datamodule, where there is one.
-        class_name: Those of its training images that are of this class, where it tells classes apart.
-    """
+    """Draws from what the user gave, else from the training images (of ``class_name``, if known) of a datamodule."""
 
     k_shot: int
     seed: int
@@ -40,7 +32,7 @@ class ReferenceSource:
 
     @property
     def is_available(self) -> bool:
-        """Whether there is anything to draw from."""
+        """Whether there is something to draw from."""
         return self.given is not None or getattr(self.datamodule, "train_data", None) is not None
 
     @property
@@ -48,18 +40,12 @@ class ReferenceSource:
         """The source in words."""
         if self.given is not None:
             return f"`references` {self.given}"
-        category = getattr(self.datamodule, "category", None)
         name = getattr(self.datamodule, "name", "no datamodule")
-        return f"the training images of {name} {self.class_name or category or ''}".rstrip()
+        category = self.class_name or getattr(self.datamodule, "category", None) or ""
+        return f"the training images of {name} {category}".rstrip()
 
     def draw(self) -> list[Path]:
-        """The chosen files.
-
-        Raises:
-            FileNotFoundError: A given path does not exist.
-            RuntimeError: There is nothing to draw from.
-            ValueError: There are too few images.
-        """
+        """The chosen files; a RuntimeError where there is nothing to draw from."""
         if self.given is not None:
             files = list_references(self.given)
         elif self.datamodule is None:
@@ -76,11 +62,7 @@ class ReferenceSource:
 def references_of_class(
     references: References, class_name: str, class_names: Sequence[str], argument: str = "references"
 ) -> OneClass:
-    """What the user gave for one of several classes: an entry of a mapping, or the folder of that name.
-
-    Raises:
-        ValueError: There is nothing for it.
-    """
+    """An entry of a mapping, or the folder of that name; a ValueError where the class has neither."""
     if isinstance(references, Mapping):
         if class_name in references:
             return references[class_name]
@@ -99,29 +81,18 @@ def references_of_class(
 
 
 def content_digests(files: Sequence[Path]) -> tuple[str, ...]:
-    """SHA-256 of the bytes of each file, its first 16 bytes in hex: the same wherever the file lies.
-
-    Raises:
-        FileNotFoundError: A file is gone.
-    """
-    states = [(file.resolve(), file.stat()) for file in files]
-    return tuple(_digest(file, state.st_size, state.st_mtime_ns) for file, state in states)
+    """SHA-256 of the content of each file, its first 16 bytes in hex; a FileNotFoundError where one is gone."""
+    return tuple(_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 @lru_cache(maxsize=4096)
 def _digest(file: Path, size: int, mtime_ns: int) -> str:
     del size, mtime_ns  # a file that has changed is read again
-    with file.open("rb") as stream:
-        return file_digest(stream, "sha256").hexdigest()[:32]
+    return sha256(file)[:32]
 
 
 def list_references(references: References, argument: str = "references") -> list[Path]:
-    """Image files of a folder and those in it (sorted), of one file, or of a list.
-
-    Raises:
-        FileNotFoundError: A path does not exist.
-        ValueError: The folder holds no image, or the list is empty.
-    """
+    """Image files of a folder and those in it (sorted), of one file, or of a list; errors for none or missing ones."""
     if isinstance(references, (str, os.PathLike)):
         path = Path(references).expanduser().resolve()
         if not path.exists():
@@ -142,11 +113,7 @@ def list_references(references: References, argument: str = "references") -> lis
 
 
 def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) -> list[Path]:
-    """Draw ``k_shot`` files without replacement; exactly as many are taken as they are, in their order.
-
-    Raises:
-        ValueError: There are fewer files than ``k_shot``.
-    """
+    """Draw ``k_shot`` files without replacement; exactly as many stay in their order, and fewer are a ValueError."""
     if len(files) < k_shot:
         msg = f"`k_shot` must be at most the {len(files)} normal images in {source}, got {k_shot}."
         raise ValueError(msg)
@@ -157,11 +124,7 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
 
 
 def read_reference(file: Path, argument: str = "references") -> Tensor:
-    """One reference image, ``(1, 3, H, W)`` in ``[0, 1]``, read as :func:`~.data.reading.load_image` does.
-
-    Raises:
-        UnreadableImageError: It cannot be read.
-    """
+    """One reference image ``(1, 3, H, W)``, read by :func:`load_image`, whose error then names the argument."""
     try:
         return load_image(file).unsqueeze(0)
     except UnreadableImageError as error:

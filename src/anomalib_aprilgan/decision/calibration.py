@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,7 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..data.references import References, content_digests, list_references, read_reference, references_of_class
-from ..network.memory_bank import MemoryBank
-
-logger = logging.getLogger(__name__)
+from ..data.references import References, list_references, read_reference, references_of_class
 
 FROM_REFERENCES = "references"
 # Variants of a reference at least: fewer would hardly show how a score wavers.
@@ -25,49 +22,40 @@ _LEAST_VARIANTS = 12
 # How light the variants are: relative changes, noise of four grey levels in 255, least share of the area kept.
 _BRIGHTNESS, _CONTRAST, _SATURATION, _NOISE, _KEPT = 0.2, 0.2, 0.05, 0.015, 0.85
 
-# From an image ``(1, 3, H, W)`` to its raw fused score and the maximum of its map, both scalars.
-Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+# From an image ``(1, 3, H, W)`` and the indices of remembered images to hold out, to raw score, fused where there are
+# references, and map maximum, both scalars.
+Score = Callable[[Tensor, Collection[int]], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """Raw scores and map maxima that the requested share of good parts would exceed."""
+class Thresholds(NamedTuple):
+    """Raw score and map maximum that the requested share of good parts would exceed."""
 
     image: float
     pixel: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Calibration:
     """How thresholds are found without a single defect.
 
-    From held-out normal images, each scored as it is; or from the references themselves: each is left out of the
-    memory bank in turn and scored as it is and in lightly changed variants (mirrored, lighter or darker, with noise).
-    A single reference cannot be left out: its variants, also cut a little at the border, are compared with itself.
-    The thresholds are quantiles (Harrell and Davis, Biometrika 69, 1982: an average over all order statistics,
-    steadier than any one of them).
+    From held-out normal images, each scored as it is. Or from the references themselves: each is held out of the
+    memory bank in turn and scored as it is and in light variants. A single reference cannot be held out: its variants,
+    also cut a little at the border, are compared with itself. The thresholds are quantiles (Harrell and Davis,
+    Biometrika 69, 1982: an average over all order statistics, steadier than any one of them).
 
     Args:
         normals: ``"references"``, or held-out normal images: folder or list; for several classes a mapping from names
             to such, or a folder with a folder of each name.
         false_positive_rate: Share of good parts that may be taken for anomalous, in ``(0, 0.5]``.
         seed: Seed of the variants.
-
-    Attributes:
-        used: By class, what its thresholds rest on.
-
-    Raises:
-        ValueError: The share is out of its range.
     """
 
     normals: References
     false_positive_rate: float = 0.01
     seed: int = 0
-    used: dict[str, list[str]] = field(default_factory=dict)
-    _contents: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none."""
+        """Raise if the share is out of range."""
         if not 0.0 < self.false_positive_rate <= 0.5:
             msg = (
                 "`false_positive_rate` must be the share of good parts that may be flagged, in (0, 0.5], such as 0.01, "
@@ -82,7 +70,7 @@ class Calibration:
 
     @property
     def least(self) -> int:
-        """Number of scores below which nothing can be said about the share: not one would be beyond it."""
+        """Number of scores below which not one would be beyond the threshold."""
         return math.ceil(1.0 / self.false_positive_rate - 1e-9) - 1
 
     def files_of(self, class_name: str, class_names: Sequence[str], references: Sequence[str]) -> list[Path]:
@@ -101,10 +89,8 @@ class Calibration:
                 raise FileNotFoundError(msg) if missing else ValueError(msg)
             return files
         remembered = {Path(reference).resolve() for reference in references}
-        given = list_references(
-            references_of_class(self.normals, class_name, class_names, "calibration"), "calibration"
-        )
-        files = [file for file in given if file.resolve() not in remembered]
+        given = references_of_class(self.normals, class_name, class_names, "calibration")
+        files = [file for file in list_references(given, "calibration") if file.resolve() not in remembered]
         if len(files) < self.least:
             share = f"ask for a share of {1.0 / (len(files) + 1):.2g}, " if files else ""
             msg = (
@@ -115,82 +101,41 @@ class Calibration:
             raise ValueError(msg)
         return files
 
-    def is_done(self, class_name: str, key: Sequence[str], files: Callable[[], Sequence[Path]]) -> bool:
-        """Whether the thresholds of a class rest on just these things already.
+    def thresholds(self, files: Sequence[Path], tiles: Callable[[Tensor], int], score: Score) -> Thresholds:
+        """Score these normal images and cut at the requested share.
 
-        Args:
-            class_name: The class.
-            key: What they rest on, in words.
-            files: Tells the normal images; not asked where a checkpoint brought the thresholds.
+        ``tiles`` tells how many remembered images a reference ``(1, 3, H, W)`` has become.
         """
-        if self.used.get(class_name) != list(key):
-            return False
-        return class_name not in self._contents or self._contents[class_name] == [*content_digests(files())]
-
-    def thresholds(
-        self, files: Sequence[Path], bank: MemoryBank, tiles: Callable[[Tensor], int], score: Score
-    ) -> Thresholds:
-        """Score the normal images of a class and cut at the requested share.
-
-        Args:
-            files: What :meth:`files_of` returned.
-            bank: Memory bank of the class.
-            tiles: Tells how many rows of the bank an image ``(1, 3, H, W)`` has.
-            score: From an image to raw score and map maximum.
-        """
-        scores = (
-            self._of_references(files, bank, tiles, score)
-            if self.from_references
-            else [score(read_reference(file, "calibration")) for file in files]
-        )
-        images, pixels = (torch.stack(values).double().cpu().numpy() for values in zip(*scores, strict=True))
+        if self.from_references:
+            scores = self._of_references(files, tiles, score)
+        else:
+            scores = [score(read_reference(file, "calibration"), ()) for file in files]
+        images, pixels = (torch.stack(values).cpu().double().numpy() for values in zip(*scores, strict=True))
         share = [1.0 - self.false_positive_rate]
         return Thresholds(float(hdquantiles(images, share)[0]), float(hdquantiles(pixels, share)[0]))
 
-    def note(self, class_name: str, key: Sequence[str], files: Sequence[Path]) -> None:
-        """Write down what the thresholds of a class rest on."""
-        self.used[class_name], self._contents[class_name] = list(key), [*content_digests(files)]
-
-    def forget(self) -> None:
-        """The model has changed: calibrate anew."""
-        self.used, self._contents = {}, {}
-
-    def restore(self, used: dict[str, list[str]]) -> None:
-        """Take over ``used`` of a checkpoint, whose images may be long gone."""
-        self.used, self._contents = used, {}
-
     def _of_references(
-        self, files: Sequence[Path], bank: MemoryBank, tiles: Callable[[Tensor], int], score: Score
+        self, files: Sequence[Path], tiles: Callable[[Tensor], int], score: Score
     ) -> list[tuple[Tensor, Tensor]]:
         images = [read_reference(file) for file in files]
-        ends = torch.tensor([tiles(image) for image in images]).cumsum(0).tolist()
+        ends = np.cumsum([tiles(image) for image in images]).tolist()
         number = max(_LEAST_VARIANTS, math.ceil((self.least + 1) / len(images)))
         scores = []
+        single = len(images) == 1
         for place, (image, start, end) in enumerate(zip(images, [0, *ends[:-1]], ends, strict=True)):
-            with bank.without(range(start, end) if len(images) > 1 else ()):
-                scores.append(score(image))
-                for variant in range(number):
-                    scores.append(score(light_variant(image, (self.seed, place, variant), cut=len(images) == 1)))
+            held_out = () if single else range(start, end)
+            variants = (light_variant(image, (self.seed, place, variant), cut=single) for variant in range(number))
+            scores += [score(image, held_out), *(score(variant, held_out) for variant in variants)]
         return scores
 
 
 def light_variant(image: Tensor, seed: tuple[int, int, int], *, cut: bool = False) -> Tensor:
-    """The same part as another shot might show it: perhaps mirrored, lighter or darker, with a little noise.
+    """The part ``(1, 3, H, W)`` in ``[0, 1]`` as another shot might show it: perhaps mirrored, lighter, with noise.
 
     Nothing is turned or shifted: interpolation blurs and invented borders break patterns, either of which a model may
-    well take for a defect.
-
-    Args:
-        image: ``(1, 3, H, W)`` in ``[0, 1]``.
-        seed: The same seed, the same variant.
-        cut: Whether up to a seventh of the area is cut off at the border, and the rest resized: so that no patch is
-            the one it was.
-
-    Returns:
-        Same shape and range.
+    well take for a defect. With ``cut``, up to a seventh of the area is cut off at the border and the rest resized, so
+    that no patch is the one it was. The same seed gives the same variant.
     """
-    area = (_KEPT, 1.0)
-    shape = (image.shape[-1] / image.shape[-2],) * 2
     changes = [
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
@@ -198,8 +143,10 @@ def light_variant(image: Tensor, seed: tuple[int, int, int], *, cut: bool = Fals
         v2.GaussianNoise(sigma=_NOISE),
     ]
     if cut:
-        changes.insert(0, v2.RandomResizedCrop(image.shape[-2:], area, shape, v2.InterpolationMode.BICUBIC))
+        shape = (image.shape[-1] / image.shape[-2],) * 2
+        changes.insert(0, v2.RandomResizedCrop(image.shape[-2:], (_KEPT, 1.0), shape, v2.InterpolationMode.BICUBIC))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        # torch.manual_seed would seed the generators of accelerators too.
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         varied: Tensor = v2.Compose(changes)(image)
     return varied

@@ -39,7 +39,7 @@ class Task:
         accelerator: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         streaming: Whether metrics are taken in bounded memory.
         scratch: Folder for what does not outlive a job.
-        maps: Folder for the maps that are shown in pictures.
+        maps: Folder for the maps that are shown in drawings.
         shown: Number of images per category whose maps are shown.
     """
 
@@ -169,18 +169,16 @@ class SharedPassJob(BenchmarkJob):
         """Test all settings; returns a :class:`CellResult` for each."""
         started = time.perf_counter()
         seed_everything(self.seed, verbose=False)
-        settings = [Setting(cell.k_shot, cell.seed) for cell in self.cells]
+        shots = [Setting(cell.k_shot, cell.seed) for cell in self.cells]
         self.datamodule = self._load()
         self.datamodule.prepare_data()
         self.datamodule.setup()
         shown = first_defects(self.datamodule, self.task.shown)
         with (
             tempfile.TemporaryDirectory() as folder,
-            Collection(
-                len(settings), self.task.scratch, streaming=self.task.streaming, shown=list(shown)
-            ) as collection,
+            Collection(len(shots), self.task.scratch, streaming=self.task.streaming, shown=list(shown)) as collection,
         ):
-            model = SharedPass(settings, **self._arguments)
+            model = SharedPass(shots, **self._arguments)
             name = self.cells[0].model
             if name in self._clips:
                 model.model.attach_backbone(self._clips[name])
@@ -192,7 +190,7 @@ class SharedPassJob(BenchmarkJob):
         details = {
             "weights_sha256": weights_checksum(model),
             "clip_digest": model.model.backbone.digest,
-            "adapters": model.preparation.provenance.to_dict(),
+            "adapters": model.made.provenance.to_dict(),
         }
         found = _results(self.cells, metrics, collection, details, started)
         results = [
@@ -204,12 +202,12 @@ class SharedPassJob(BenchmarkJob):
 
     def _keep_maps(self, collection: Collection, model: SharedPass, shown: dict[str, str]) -> None:
         """The maps of the shown images, on the scale from 0 to what a map of these stages reaches."""
-        stages, remembered = len(model.model.stages), len(model.model.memory_stages)
+        stages, limit = len(model.model.stages), model.model.map_limit
         for number, (path, mask) in enumerate(shown.items()):
             maps = {
-                f"{setting.k_shot}-shot": (of_setting / (stages + (0.5 * remembered if setting.k_shot else 0.0))).half()
-                for setting, of_setting in zip(model.settings, collection.shown[path], strict=True)
-                if setting.seed == model.settings[0].seed or not setting.k_shot
+                f"{setting.k_shot}-shot": (of_setting / (limit if setting.k_shot else stages)).half()
+                for setting, of_setting in zip(model.shots, collection.shown[path], strict=True)
+                if setting.seed == model.shots[0].seed or not setting.k_shot
             }
             cell = self.cells[0]
             arrays: dict[str, Any] = {name: values.numpy() for name, values in maps.items()}
@@ -230,7 +228,7 @@ def first_defects(datamodule: AnomalibDataModule, number: int) -> dict[str, str]
 
 
 def _show_raw_scores(model: AnomalibModule, evaluator: CollectingEvaluator) -> None:
-    """No scale that ties scores, no thresholds, no pictures; fused scores stay fused."""
+    """No scale that ties scores, no thresholds, no drawings; fused scores stay fused."""
     post_processor: Any = model.post_processor  # anomalib allows none
     if post_processor is not None:
         post_processor.enable_normalization = False

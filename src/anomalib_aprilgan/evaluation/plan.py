@@ -74,14 +74,17 @@ class ModelEntry:
 
     @property
     def is_shared(self) -> bool:
-        """Whether one pass serves all settings: ours, but for tiles."""
-        return issubclass(self.model, AprilGAN) and self.arguments.get("tile_size") is None
+        """Whether one pass serves all settings: ours with memory banks, but for tiles."""
+        whole, few_shot = self.arguments.get("tile_size") is None, self.arguments.get("few_shot", "memory_bank")
+        return issubclass(self.model, AprilGAN) and whole and few_shot == "memory_bank"
 
     def build(self, k_shot: int) -> AnomalibModule:
         """The model of a setting."""
         arguments = dict(self.arguments)
         if self.is_few_shot:
             arguments["k_shot"] = k_shot
+            if not k_shot:
+                arguments.pop("references", None)  # those of the other settings
         if self.generated and "pre_trained" in inspect.signature(self.model).parameters:
             arguments["pre_trained"] = False
         with _without_downloads() if self.generated else nullcontext():
@@ -112,7 +115,7 @@ class Plan:
         shots: Numbers of references.
         seeds: Seeds.
         streaming: Whether metrics are taken in bounded memory.
-        shown: Number of images per category in the pictures.
+        shown: Number of images per category in the drawings.
         shared_pass: Whether all settings of ours are taken from one pass.
     """
 
@@ -149,7 +152,7 @@ def read_config(config: dict[str, Any]) -> Plan:
         config: ``seed``, ``model`` and ``data`` as in ``anomalib benchmark``, each one or a ``grid``; ``k_shot``,
             numbers of references or ``full``. Models may also be a mapping from their names in the tables, and have
             ``weights: generated`` (random ones, offline). ``metrics`` is ``exact`` or ``streaming``; ``shown`` the
-            number of images per category in the pictures; ``shared_pass: false`` tests the settings of ours one by
+            number of images per category in the drawings; ``shared_pass: false`` tests the settings of ours one by
             one.
 
     Raises:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from ..data.references import ReferenceSource, read_reference, references_of_class
+from ..clip.backbone import VisionOutput
+from ..data.pre_processing import prepared
+from ..data.references import References, ReferenceSource, read_reference, references_of_class
+from ..decision.fusion import ScoreFusion, map_statistic
 from ..lightning_model import AprilGAN
 from ..network.memory_bank import MemoryBank
-from ..network.scoring import fused_score, map_statistic
 from ..results.table import DecisionsWriter
+from ..running import datamodule_of, plain_images
 from .collecting import Collection
+from .many_banks import predict_banks
 
 
 class Setting(NamedTuple):
@@ -34,79 +38,91 @@ class SharedPass(AprilGAN):
     maps are those of :class:`AprilGAN` with these settings one by one, raw.
 
     Args:
-        settings: Numbers of references and seeds.
-        arguments: Those of :class:`AprilGAN`, without ``k_shot`` and ``seed``; of one class and without tiles.
+        shots: Numbers of references and seeds.
+        references: Folder or list of reference images; else drawn from the datamodule's training images.
+        arguments: The others of :class:`AprilGAN`, without ``k_shot`` and ``seed``; of one class and without tiles.
     """
 
     def __init__(
         self,
-        settings: Sequence[Setting],
+        shots: Sequence[Setting],
+        references: References | None = None,
         **arguments: Any,  # noqa: ANN401  # those of AprilGAN
     ) -> None:
         super().__init__(**arguments, post_processor=False, evaluator=False, visualizer=False)
-        self.settings = tuple(Setting(*setting) for setting in settings)
+        self.shots = tuple(Setting(*setting) for setting in shots)
         # Takes the maps. No argument: Lightning would copy it as a hyperparameter.
         self.collection: Collection | None = None
         self.files_of_banks: list[list[str]] = []
-        self._references = MemoryBank()
+        self._given = references
+        given = self.settings
+        self._bank = MemoryBank(given.architecture, given.memory_stages, given.neighbourhood)
+        self.model.few_shot = self._bank  # taps its stages
         self._banks: list[list[int]] = []
         self._text: list[Tensor] = []
-        self._statistics: list[list[Tensor]] = [[] for _ in self.settings]
+        self._statistics: list[list[Tensor]] = [[] for _ in self.shots]
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Those of the model without its table of decisions: raw scores have no threshold."""
-        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
-        return [callback for callback in callbacks if not isinstance(callback, DecisionsWriter)]
+        callbacks = super().configure_callbacks()
+        given = [callbacks] if isinstance(callbacks, Callback) else callbacks
+        return [callback for callback in given if not isinstance(callback, DecisionsWriter)]
 
     def on_test_start(self) -> None:
         """Encode the class and all references."""
         super().on_test_start()
-        with torch.inference_mode(mode=False), torch.no_grad():
-            self._remember()
-
-    def _remember(self) -> None:
-        drawn = [self._source(setting).draw() if setting.k_shot else [] for setting in self.settings]
+        drawn = [self._source(setting).draw() if setting.k_shot else [] for setting in self.shots]
         files = sorted({file for draw in drawn for file in draw})
         place = {file: number for number, file in enumerate(files)}
         self._banks = [[place[file] for file in draw] for draw in drawn]
         self.files_of_banks = [[str(file) for file in draw] for draw in drawn]
         if files:
-            tokens = [self.model.memory_tokens(self._prepared(file)) for file in files]
-            self._references.fill([torch.cat(stage) for stage in zip(*tokens, strict=True)])
+            images = torch.cat([self._prepared(file) for file in files])
+            outputs = [self.model.encode(image) for image in torch.split(images, 1)]
+            self._bank.fill(0, images, VisionOutput.cat(outputs))
 
     def _source(self, setting: Setting) -> ReferenceSource:
-        (name,) = self.model.class_names
-        given = self.preparation.references
-        given = None if given is None else references_of_class(given, name, [name])
-        return ReferenceSource(*setting, given, self._datamodule)
+        (name,) = self.classes.names
+        given = None if self._given is None else references_of_class(self._given, name, [name])
+        return ReferenceSource(*setting, given, datamodule_of(self))
 
     def _prepared(self, file: Path) -> Tensor:
-        image = read_reference(file).to(self._target_device)
-        return cast("Tensor", self.pre_processor(image) if self.pre_processor else image)
+        return prepared(self.pre_processor, read_reference(file).to(self.device))
 
     def test_step(self, batch: ImageBatch) -> None:  # type: ignore[override]  # as the model's own
         """Maps of every setting, handed on; nothing is kept but a few numbers per image."""
-        images = cast("Tensor", batch.image).as_subclass(Tensor)
-        text, maps = self.model.infer_banks(images, self._references, self._banks)
-        self._text.append(text.float().cpu())
         if self.collection is None:
             msg = "`collection` takes the maps and is not set: set it before the test."
             raise RuntimeError(msg)
+        text, maps = predict_banks(self.model, self._bank, plain_images(batch), self._banks)
+        self._text.append(text.float().cpu())
         self.collection.add(batch, self._noted(maps))
 
     def _noted(self, maps: Iterator[Tensor]) -> Iterator[Tensor]:
         for statistics, anomaly_map in zip(self._statistics, maps, strict=True):
-            statistics.append(map_statistic(anomaly_map, self.preparation.top_share).float().cpu())
+            statistics.append(map_statistic(anomaly_map, self.settings.top_share).float().cpu())
             yield anomaly_map
 
     def scores(self) -> list[Tensor]:
         """After the test, for every setting the scores ``(N,)`` of all images."""
-        text = torch.cat(self._text)
+        text, fusion = torch.cat(self._text), ScoreFusion(self.settings.score_fusion, self.settings.top_share)
         return [
-            self._fused(text, torch.cat(statistics)) if setting.k_shot else text
-            for setting, statistics in zip(self.settings, self._statistics, strict=True)
+            fused_over_test_set(fusion, text, torch.cat(statistics)) if setting.k_shot else text
+            for setting, statistics in zip(self.shots, self._statistics, strict=True)
         ]
 
-    @staticmethod
-    def _fused(text: Tensor, statistics: Tensor) -> Tensor:
-        return fused_score(text, statistics, statistics.min(), statistics.max())
+
+def fused_over_test_set(fusion: ScoreFusion, text_probability: Tensor, statistic: Tensor) -> Tensor:
+    """Few-shot scores as published: the bounds of the map statistic are those over the test images.
+
+    Args:
+        fusion: Its bounds are replaced.
+        text_probability: ``(N,)`` of all test images.
+        statistic: ``(N,)``, raw.
+
+    Returns:
+        ``(N,)`` in ``[0, 1]``.
+    """
+    fusion.low, fusion.high = statistic.min()[None], statistic.max()[None]
+    fused: Tensor = fusion(text_probability, statistic)
+    return fused

@@ -13,12 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from ..clip.architecture import ClipArchitecture
-from ..clip.backbone import ClipBackbone, random_weights
+from ..clip.backbone import ClipBackbone
 from ..clip.prompts import PromptEnsemble
+from ..demo.drawn_clip.trainer import random_weights
 from ..network.adapters import LinearAdapters
+from ..network.memory_bank import MemoryBank
 from ..network.model import AprilGANModel
 
 
@@ -58,15 +61,15 @@ def _vision_candidates(backbone: ClipBackbone, stages: Sequence[int], k_shot: in
     models = {}
     for shots in (0, k_shot):
         adapters = LinearAdapters(len(stages), architecture.width, architecture.embed_dim)
-        model = AprilGANModel(adapters, stages, stages)
+        bank = MemoryBank(architecture, stages) if shots else None
+        model = AprilGANModel(adapters, stages, bank)
         model.attach_backbone(backbone)
         features = torch.randn(1, architecture.embed_dim, 2, generator=generator)
-        model.set_classes(["object"], torch.nn.functional.normalize(features, dim=1))
-        if shots:
+        model.set_rows(F.normalize(features, dim=1), [None])
+        if bank is not None:
             patches = architecture.grid[0] * architecture.grid[1]
-            model.memory_bank().fill(
-                [torch.randn(shots, patches, architecture.width, generator=generator) for _ in stages]
-            )
+            tokens = torch.randn(len(stages), shots, patches, architecture.width, generator=generator)
+            bank.set_features(0, F.normalize(tokens, dim=-1))
         models[shots] = model.eval()
     return {
         "open_clip's vision tower": lambda: backbone.visual(image),

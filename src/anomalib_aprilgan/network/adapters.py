@@ -9,13 +9,7 @@ from torch.nn import functional as F
 
 
 class LinearAdapters(nn.Module):
-    """One linear layer with bias per tapped stage (arXiv:2305.17382, sec. 2.1).
-
-    Args:
-        num_stages: Number of tapped stages ``S``.
-        width: Width ``C`` of the vision tower.
-        embed_dim: Width ``D`` of the joint space.
-    """
+    """A linear layer with bias per tapped stage, from vision width ``C`` to joint width ``D`` (arXiv:2305.17382)."""
 
     def __init__(self, num_stages: int, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -23,14 +17,7 @@ class LinearAdapters(nn.Module):
         self.fc = nn.ModuleList(nn.Linear(width, embed_dim) for _ in range(num_stages))
 
     def forward(self, patch_tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Patch features of every stage, computed in fp32.
-
-        Args:
-            patch_tokens: Per stage ``(B, L, C)``, in ascending order of stages.
-
-        Returns:
-            Per stage ``(B, L, D)``, not normalised.
-        """
+        """Patch features ``(B, L, D)``, fp32 and not normalised, of tokens ``(B, L, C)`` of ascending stages."""
         return [
             F.linear(tokens.float(), layer.get_parameter("weight").float(), layer.get_parameter("bias").float())
             for tokens, layer in zip(patch_tokens, self.fc, strict=True)

@@ -1,4 +1,4 @@
-"""The losses that train the adapters: focal and dice on the probability map of every stage, and one without masks."""
+"""The losses that train the adapters, on each stage's ``(B, 2, H, W)`` probabilities: normal, anomalous."""
 
 from __future__ import annotations
 
@@ -19,19 +19,9 @@ TOP_SHARE = 0.02
 def focal_loss(probabilities: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss on probabilities, as the authors train with it (loss.py, alpha=None).
 
-    ``mean(-(1 - p_t)^gamma * log p_t)`` with ``p_t`` the probability of the true channel, the
-    one-hot target clamped to ``[1e-5, 1 - 1e-5]`` and ``1e-5`` added.
-
-    Args:
-        probabilities: ``(B, 2, H, W)``: normal, anomalous.
-        target: ``(B, H, W)``, 1 (or true) where anomalous.
-        gamma: Focusing exponent; 0 gives cross entropy.
-
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: The shapes do not belong together.
+    ``mean(-(1 - p_t)^gamma * log p_t)`` with ``p_t`` the probability of the true channel, the one-hot target clamped to
+    ``[1e-5, 1 - 1e-5]`` and ``1e-5`` added. A ``gamma`` of 0 gives cross entropy. The target ``(B, H, W)`` is 1 (or
+    true) where anomalous; another shape gives a ValueError.
     """
     _check_shapes(probabilities, target)
     one_hot = F.one_hot(target.long(), num_classes=2).movedim(-1, 1).to(probabilities.dtype)
@@ -41,23 +31,14 @@ def focal_loss(probabilities: Tensor, target: Tensor, gamma: float = 2.0) -> Ten
 
 
 def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
-    """One minus the dice overlap of every image, averaged over the batch (authors' BinaryDiceLoss).
+    """One minus the dice overlap of anomalous probability and mask, both ``(B, H, W)`` (authors' BinaryDiceLoss).
 
-    The authors squeeze the mask of a batch of one and then average over its rows; here it is
-    always per image.
-
-    Args:
-        probability: ``(B, H, W)`` anomalous probability.
-        target: ``(B, H, W)``, 1 (or true) where anomalous.
-
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: The shapes differ.
+    It is averaged over the images. The authors squeeze the mask of a batch of one and average over its rows. Different
+    shapes give a ValueError.
     """
     if probability.shape != target.shape:
-        msg = f"`probability` and `target` must have one shape, got {_shape(probability)} and {_shape(target)}."
+        shapes = f"{tuple(probability.shape)} and {tuple(target.shape)}"
+        msg = f"`probability` and `target` must have one shape, got {shapes}."
         raise ValueError(msg)
     predicted, expected = probability.flatten(1), target.flatten(1).to(probability.dtype)
     overlap = (predicted * expected).sum(dim=1)
@@ -65,15 +46,7 @@ def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
 
 
 def adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Focal plus dice loss, summed over the stages: what the paper minimises.
-
-    Args:
-        stage_probabilities: Per stage ``(B, 2, H, W)``: normal, anomalous.
-        target: ``(B, H, W)`` masks.
-
-    Returns:
-        Scalar.
-    """
+    """Focal plus dice loss for masks ``(B, H, W)``, summed over the stages: what the paper minimises."""
     losses = [focal_loss(maps, target) + dice_loss(maps[:, 1], target) for maps in stage_probabilities]
     return torch.stack(losses).sum()
 
@@ -81,17 +54,10 @@ def adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tenso
 def partial_adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tensor:
     """Every image contributes what is known of it: :func:`adapter_loss` with a mask, else one of its label.
 
-    This is ours, not the paper's, which trains on masks alone. The loss is the mean over the
-    images. An image with a mask, a normal one's being zero, counts with :func:`adapter_loss`; where
-    all have one this *is* that loss. An image of which any pixel is :data:`UNKNOWN` is anomalous
-    somewhere and counts with :func:`multiple_instance_loss`.
-
-    Args:
-        stage_probabilities: Per stage ``(B, 2, H, W)``: normal, anomalous.
-        target: ``(B, H, W)`` masks: 0, 1, or :data:`UNKNOWN`.
-
-    Returns:
-        Scalar.
+    This is ours, not the paper's, which trains on masks alone. ``target`` ``(B, H, W)`` is 0, 1 or :data:`UNKNOWN`.
+    The loss is the mean over the images. One with a mask, a normal one's being zero, counts with
+    :func:`adapter_loss`; where all have one this *is* that loss. An image of which any pixel is unknown is
+    anomalous somewhere and counts with :func:`multiple_instance_loss`.
     """
     known = ~(target == UNKNOWN).flatten(1).any(dim=1)
     if known.all():
@@ -108,17 +74,9 @@ def partial_adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) 
 def multiple_instance_loss(stage_probabilities: Sequence[Tensor]) -> Tensor:
     """Loss of images that are anomalous nobody knows where: their most anomalous pixels shall be so.
 
-    Multiple-instance learning with an image as the bag and its pixels as the instances; ours, not
-    the paper's. In every stage, the anomalous probability is averaged over the highest
-    :data:`TOP_SHARE` of the pixels, and its binary cross entropy with "anomalous", ``-log``, is the
-    loss of an image, summed over the stages as in :func:`adapter_loss`. The other pixels are left
-    alone: only normal images in the training hold them down.
-
-    Args:
-        stage_probabilities: Per stage ``(B, 2, H, W)``: normal, anomalous.
-
-    Returns:
-        Scalar.
+    Multiple-instance learning with an image as the bag and its pixels as the instances; ours, not the paper's. In
+    every stage, the anomalous probability is averaged over the highest :data:`TOP_SHARE` of the pixels. Its ``-log`` is
+    the loss of an image, summed over the stages. Only normal images in the training hold the other pixels down.
     """
     losses = []
     for maps in stage_probabilities:
@@ -131,12 +89,6 @@ def multiple_instance_loss(stage_probabilities: Sequence[Tensor]) -> Tensor:
 def _check_shapes(probabilities: Tensor, target: Tensor) -> None:
     expected = (probabilities.shape[0], *probabilities.shape[2:])
     if probabilities.ndim != 4 or probabilities.shape[1] != 2 or tuple(target.shape) != expected:
-        msg = (
-            "`probabilities` must be (B, 2, H, W) and `target` (B, H, W), "
-            f"got {_shape(probabilities)} and {_shape(target)}."
-        )
+        shapes = f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
+        msg = f"`probabilities` must be (B, 2, H, W) and `target` (B, H, W), got {shapes}."
         raise ValueError(msg)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)

@@ -1,69 +1,62 @@
-"""What normal looks like: the patch tokens of the reference images, stage by stage."""
+"""What normal looks like: the patch tokens of the reference images, stage by stage (arXiv:2305.17382, sec. 2.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ..clip.architecture import ClipArchitecture
+from ..clip.backbone import VisionOutput
+from .few_shot import FewShotScorer, rows_in
+from .scoring import distance_map, nearest_normal_distance, neighbourhood_mean
 
-class MemoryBank(nn.Module):
-    """Patch tokens of ``K`` normal images per stage, as one buffer ``tokens`` ``(S, K, L, C)``.
 
-    The rows are stored with unit length: only their directions are ever asked for.
+class MemoryBank(FewShotScorer):
+    """Patch tokens of the references, ``(S, K, L, C)`` for each class, and distances to the nearest of them.
+
+    The tokens are stored with unit length: only their directions count. They are averaged over a square neighbourhood,
+    of an odd side in patches, before they are remembered or compared; 1 leaves them as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: ClipArchitecture, stages: Sequence[int], neighbourhood: int = 1) -> None:
         super().__init__()
-        self.register_buffer("tokens", torch.empty(0))
-        self.tokens: Tensor
+        self.grid, self.stages, self.neighbourhood = architecture.grid, tuple(stages), neighbourhood
+        # A cosine distance of one half counts as certain; 2 is the opposite direction.
+        self.map_limit, self.map_ceiling = 0.5 * len(self.stages), 2.0 * len(self.stages)
 
-    @property
-    def k_shot(self) -> int:
-        """Number of remembered images; 0 for an empty bank."""
-        return self.tokens.shape[1] if self.tokens.ndim == 4 else 0
+    def tokens_of(self, output: VisionOutput) -> list[Tensor]:
+        """Per stage of the bank ``(B, L, C)`` tokens, averaged over their neighbourhoods."""
+        return [neighbourhood_mean(output.tokens_of(stage), self.grid, self.neighbourhood) for stage in self.stages]
 
-    def fill(self, patch_tokens: Sequence[Tensor]) -> None:
-        """Forget what was there and remember these images.
+    def fill(self, row: int, images: Tensor, output: VisionOutput) -> None:
+        """Forget the references of a class and remember these; see the base class."""
+        del images  # CLIP has seen them
+        tokens = torch.stack([tokens.detach().float() for tokens in self.tokens_of(output)])
+        self.set_features(row, F.normalize(tokens, dim=-1))
 
-        Args:
-            patch_tokens: Per stage ``(K, L, C)`` raw tokens, in ascending order of stages.
-        """
-        self.tokens = F.normalize(torch.stack([tokens.detach().float() for tokens in patch_tokens]), dim=-1)
+    def distance_maps(
+        self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
+    ) -> Tensor:
+        """Distance of each patch to the nearest remembered one, summed over the stages; see the base class."""
+        size, tokens = (images.shape[-2], images.shape[-1]), self.tokens_of(output)
+        parts = list(rows_in(rows, len(self.remembered)))
+        if len(parts) == 1:
+            return self._map_of_row(parts[0][0], tokens, size, without)
+        maps = tokens[0].new_zeros((len(images), *size), dtype=torch.float32)
+        for row, chosen in parts:
+            maps[chosen] = self._map_of_row(row, [stage[chosen] for stage in tokens], size, without)
+        return maps
 
-    def stages(self, *, without: Collection[int] = ()) -> list[list[Tensor]]:
-        """The remembered patches of every stage, image by image.
-
-        Args:
-            without: Indices of remembered images to hold out.
-
-        Returns:
-            Per stage a list of ``(L, C)`` tensors in fp32, unit rows.
-
-        Raises:
-            RuntimeError: The bank is empty.
-        """
-        if self.k_shot == 0:
-            msg = "The memory bank is empty: call `AprilGAN.setup` with `references` or a datamodule first."
-            raise RuntimeError(msg)
-        kept = [shot for shot in range(self.k_shot) if shot not in without]
-        return [[stage[shot].float() for shot in kept] for stage in self.tokens]
-
-    @contextmanager
-    def without(self, shots: Collection[int]) -> Iterator[None]:
-        """Some remembered images held out for as long as the context lasts.
-
-        Args:
-            shots: Their indices.
-        """
-        everything = self.tokens
-        if shots:
-            kept = [shot for shot in range(self.k_shot) if shot not in shots]
-            self.tokens = everything[:, kept]
-        try:
-            yield
-        finally:
-            self.tokens = everything
+    def _map_of_row(
+        self, row: int, tokens: Sequence[Tensor], size: tuple[int, int], without: Collection[int]
+    ) -> Tensor:
+        features = self.features(row)
+        kept = [shot for shot in range(features.shape[1]) if shot not in without]
+        maps = [
+            distance_map(nearest_normal_distance(stage.float(), [bank[shot].float() for shot in kept]), self.grid, size)
+            for stage, bank in zip(tokens, features, strict=True)
+        ]
+        return torch.stack(maps).sum(dim=0)

@@ -14,57 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Tiles of a large image that go through CLIP together.
+_TILES_AT_ONCE = 4
+
 
 class TiledMap:
-    """Anomaly map of a large image, blended from the maps of its tiles as they come.
+    """Anomaly map of a large image, blended from the maps of the tiles at ``positions``, as they come.
 
-    A tile weighs most at its centre and, linearly, less towards its borders, where it shows least of what
-    surrounds a pixel. At every pixel the weights of all tiles sum to one, so that neighbours fade into each
-    other and what they agree on stays. Holds one float32 map at image resolution and nothing of the tiles.
-
-    Args:
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        tile_size: Side of the tiles in pixels; they are cut to the image where it is smaller.
-        tile_overlap: Share of a tile's side that its neighbour covers too, at least; in ``[0, 1)``.
-        device: Where the map is kept.
-
-    Attributes:
-        positions: Top and left of every tile, see :func:`tile_positions`.
-        tile_shape: Height and width of every tile in pixels.
-
-    Raises:
-        TypeError: A size is not an int.
-        ValueError: An argument is out of its range.
+    A tile weighs most at its centre and, linearly, less towards its borders, where it shows least of what surrounds a
+    pixel. At every pixel the weights of all tiles sum to one, so that neighbours fade into each other and what they
+    agree on stays. Holds one float32 map at image resolution, on the device, and nothing of the tiles.
     """
 
     def __init__(
-        self,
-        height: int,
-        width: int,
-        tile_size: int,
-        tile_overlap: float,
-        device: torch.device | None = None,
+        self, height: int, width: int, tile_size: int, tile_overlap: float, device: torch.device | None = None
     ) -> None:
         self.positions = tile_positions(height, width, tile_size, tile_overlap)
         self.tile_shape = (min(tile_size, height), min(tile_size, width))
         self._missing = set(self.positions)
         self._map = torch.zeros(height, width, device=device)
-        tops, lefts = zip(*self.positions, strict=True)
-        self._rows = _axis_weights(height, self.tile_shape[0], sorted(set(tops)), device)
-        self._columns = _axis_weights(width, self.tile_shape[1], sorted(set(lefts)), device)
+        self._rows = _axis_weights(height, self.tile_shape[0], sorted({top for top, _ in self.positions}), device)
+        self._columns = _axis_weights(width, self.tile_shape[1], sorted({left for _, left in self.positions}), device)
 
     def add(self, tile_map: Tensor, top: int, left: int) -> None:
-        """Blend in the map of one tile.
-
-        Args:
-            tile_map: ``(h, w)``, any size; resized to the tile, bilinear.
-            top: First row of the tile in the image.
-            left: First column of the tile in the image.
-
-        Raises:
-            ValueError: No such tile, or it was added before.
-        """
+        """Blend in the map of a tile, resized to it, bilinear; a ValueError if there is none or it was added before."""
         if (top, left) not in self._missing:
             known = "was added before" if (top, left) in self.positions else "is none of `positions`"
             msg = f"`top`, `left` must be a tile still to be added, and {(top, left)} {known}."
@@ -79,11 +52,7 @@ class TiledMap:
         self._missing.remove((top, left))
 
     def result(self) -> Tensor:
-        """The blended map ``(height, width)``, between the lowest and the highest value of the tiles.
-
-        Raises:
-            RuntimeError: A tile is missing.
-        """
+        """The blended map ``(height, width)``, in the range of the tiles' values; a RuntimeError if one is missing."""
         if self._missing:
             msg = f"{len(self._missing)} of {len(self.positions)} tiles are missing: call `add` for all `positions`."
             raise RuntimeError(msg)
@@ -98,28 +67,19 @@ def run_tiled(
     batch_size: int,
     score: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Score and map of a large image, from its tiles.
+    """Score, a scalar, and map ``(H, W)``, float32 on the image's device, of a large image from its tiles.
 
-    The score is the highest of the tiles' scores: a defect shows in a few tiles, and a mean would fade with the
-    size of the image; an image of one tile keeps its score. The more tiles, the higher the highest of good ones:
-    scores, and a threshold for them, are for images of one size. The map's maximum is that of the blended map.
-
-    Beside the image and its map there are ``batch_size`` tiles and what ``score`` makes of them.
+    The score is the highest of the tiles' scores: a defect shows in a few tiles, and a mean would fade with the size of
+    the image. The more tiles, the higher the highest of good ones: scores, and a threshold for them, are for images of
+    one size. In memory are the image, its map, ``batch_size`` tiles and what ``score`` makes of them.
 
     Args:
         image: ``(3, H, W)``, float in ``[0, 1]`` or ``uint8``; neither copied nor changed.
-        tile_size: Side of the tiles in pixels of the image.
-        tile_overlap: Share of a tile's side that its neighbour covers too, in ``[0, 1)``.
+        tile_size: Side of the tiles in pixels, see :func:`tile_positions`.
+        tile_overlap: Least share of it that a neighbour covers too, in ``[0, 1)``.
         batch_size: Number of tiles that are scored together.
-        score: Takes tiles ``(B, 3, h, w)`` as they are in the image, ``h = w = tile_size`` where the image is not
-            smaller; returns their scores ``(B,)`` and maps ``(B, h', w')`` of any size.
-
-    Returns:
-        Score, a scalar, and map ``(H, W)``, float32 on the image's device.
-
-    Raises:
-        TypeError: A size is not an int.
-        ValueError: An argument is out of its range, or ``score`` returned another number of scores or maps.
+        score: From tiles ``(B, 3, h, w)`` as they are in the image to scores ``(B,)`` and maps of any size; another
+            number of either is a ValueError.
     """
     if image.ndim != 3:
         msg = f"`image` must be (3, H, W), got {tuple(image.shape)}. Pass the images of a batch one by one."
@@ -142,21 +102,38 @@ def run_tiled(
     return torch.stack(highest).amax(), blended.result()
 
 
+def predict_in_tiles(
+    images: Tensor,
+    rows: Tensor | None,
+    tile_size: int,
+    tile_overlap: float,
+    predict: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Scores ``(B,)`` and maps ``(B, H, W)`` of large images, one image after the other; see :func:`run_tiled`.
+
+    ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one; ``predict`` gets those of its tiles.
+    """
+    if not len(images):
+        return images.new_empty(0), images.new_empty(0, *images.shape[2:])
+    found = []
+    for number, image in enumerate(images):
+        row = None if rows is None else rows[number]
+
+        def score(tiles: Tensor, row: Tensor | None = row) -> tuple[Tensor, Tensor]:
+            return predict(tiles, None if row is None else row.expand(len(tiles)))
+
+        found.append(run_tiled(image, tile_size, tile_overlap, _TILES_AT_ONCE, score))
+    scores, maps = zip(*found, strict=True)
+    # No copy of the map of a single large image.
+    return torch.stack(scores), maps[0][None] if len(maps) == 1 else torch.stack(maps)
+
+
 def tile_positions(height: int, width: int, tile_size: int, tile_overlap: float) -> list[tuple[int, int]]:
-    """Where the tiles of an image lie: as few as give the overlap, evenly spread, flush with every border.
+    """Top and left, in pixels, of every tile of an image, row by row.
 
-    Args:
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        tile_size: Side of the tiles in pixels; where the image is smaller, one tile is cut to it.
-        tile_overlap: Share of a tile's side that its neighbour covers too, at least; in ``[0, 1)``.
-
-    Returns:
-        Top and left of every tile, row by row.
-
-    Raises:
-        TypeError: A size is not an int.
-        ValueError: An argument is out of its range.
+    The tiles are as few as give the overlap, evenly spread, flush with every border. Their side is ``tile_size``; a
+    neighbour covers at least ``tile_overlap`` of it. A smaller image is one tile, cut to it. Errors are as in
+    :func:`check_tiles`, also for the sides of the image.
     """
     check_tiles(tile_size, tile_overlap)
     for name, length in (("height", height), ("width", width)):
@@ -165,25 +142,13 @@ def tile_positions(height: int, width: int, tile_size: int, tile_overlap: float)
 
 
 def blend_window(length: int) -> Tensor:
-    """Weights along one side of a tile before they are made to sum to one: a triangle, nowhere zero.
-
-    Args:
-        length: Side of the tile in pixels.
-
-    Returns:
-        ``(length,)`` in ``(0, 1]``, float64, symmetric.
-    """
+    """Weights ``(length,)`` along a side of a tile, float64 in ``(0, 1]``: a symmetric triangle, nowhere zero."""
     centres = torch.arange(length, dtype=torch.float64) + 0.5
     return torch.minimum(centres, length - centres) * 2.0 / length
 
 
 def check_tiles(tile_size: int, tile_overlap: float) -> None:
-    """Refuse tiles that cannot be.
-
-    Raises:
-        TypeError: ``tile_size`` is not an int.
-        ValueError: An argument is out of its range.
-    """
+    """Raise a TypeError or ValueError if `tile_size` is no int from 1 up, or `tile_overlap` not in ``[0, 1)``."""
     _check_positive("tile_size", tile_size)
     if not 0.0 <= tile_overlap < 1.0:
         msg = f"`tile_overlap` must be a share of the tile in [0, 1), such as 0.25, got {tile_overlap}."
@@ -209,10 +174,7 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
 
 
 def _axis_weights(length: int, tile: int, starts: Sequence[int], device: torch.device | None) -> dict[int, Tensor]:
-    """Per start the ``(tile,)`` weights along one axis; where tiles lie over each other they sum to one.
-
-    The tiles are a grid: sums over rows and columns factorise, and no map of weights is needed.
-    """
+    """Weights ``(tile,)`` by start, which sum to one at every place of an axis; the product of two axes is a tile's."""
     window, total = blend_window(tile), torch.zeros(length, dtype=torch.float64)
     for start in starts:
         total[start : start + tile] += window

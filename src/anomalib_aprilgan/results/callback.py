@@ -1,22 +1,17 @@
-"""What all callbacks that write results share: their place after the post-processor, and the classes of a batch."""
+"""What all callbacks that write results share: their place after the post-processor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
 
 
 class ResultWriter(Callback):
     """Base of callbacks that write the results of tests and predictions, in the same way for both.
 
     A subclass implements :meth:`write_batch`, and :meth:`start` and :meth:`finish` where it needs them. Batches are
-    post-processed before they come here, wherever the callback was given: see :func:`put_post_processor_first`.
+    post-processed before they come here; see :func:`put_post_processor_first`.
     """
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
@@ -34,16 +29,10 @@ class ResultWriter(Callback):
         self.start(trainer, pl_module, _loaders_of(trainer))
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: ImageBatch, *_: object, **__: object
     ) -> None:
         """Call :meth:`write_batch`."""
-        del outputs, batch_idx, dataloader_idx  # anomalib's steps write their outputs into the batch
+        del outputs  # anomalib's steps write them into the batch
         self.write_batch(trainer, pl_module, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,22 +45,10 @@ class ResultWriter(Callback):
 def put_post_processor_first(trainer: Trainer) -> None:
     """Move anomalib's post-processors to the front of ``trainer.callbacks``, in place; the others keep their order.
 
-    Lightning runs callbacks that the trainer was given before those of the model, which would let them see raw scores.
-    To be called in ``setup`` of the model: callbacks are complete by then, and no hook is being run over them.
+    Lightning runs the trainer's callbacks before those of the model, which would let them see raw scores. To be called
+    in ``setup`` of the model: callbacks are complete by then, and no hook is being run over them.
     """
     trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PostProcessor))  # type: ignore[attr-defined]
-
-
-def names_of(pl_module: LightningModule) -> tuple[str, ...]:
-    """Names of the classes of a model; none for a model that knows no classes."""
-    names: tuple[str, ...] = getattr(getattr(pl_module, "classes", None), "names", ())
-    return names
-
-
-def rows_of(pl_module: LightningModule, batch: ImageBatch) -> Tensor:
-    """``(B,)`` the class of every image, as a place in :func:`names_of`; zeros for a model that knows no classes."""
-    find: Callable[[ImageBatch], Tensor] | None = getattr(pl_module, "rows_of", None)
-    return torch.zeros(batch.batch_size, dtype=torch.long) if find is None else find(batch)
 
 
 def _loaders_of(trainer: Trainer) -> object:

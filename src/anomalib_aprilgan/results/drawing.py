@@ -36,18 +36,10 @@ _DECISIONS = {True: ("ANOMALOUS", (200, 40, 40)), False: ("GOOD", (30, 130, 60))
 
 @dataclass(frozen=True)
 class Result:
-    """What is drawn of one image.
+    """What is drawn of one image; ``None`` what is not known.
 
-    Args:
-        image: ``(3, H, W)``, uint8, or float in ``[0, 1]``.
-        anomaly_map: ``(h, w)``; of any size, in proportion to the image or not.
-        truth: ``(h, w)`` ground-truth mask.
-        score: Score of the image.
-        is_anomalous: The decision, where there is one.
-        is_labelled_anomalous: The label, where there is one.
-        image_threshold: Score above which an image is anomalous.
-        pixel_threshold: Value above which a pixel is; it is outlined. ``None`` for no outline.
-        name: Name of the image.
+    The image is ``(3, H, W)``, uint8, or float in ``[0, 1]``. Map and ground-truth mask are ``(h, w)``, of any size, in
+    proportion to the image or not; the map is outlined above the pixel threshold.
     """
 
     image: Tensor
@@ -62,12 +54,7 @@ class Result:
 
 
 def draw(result: Result, max_side: int = 1024) -> Image.Image:
-    """Panels side by side, or one below the other for wide images, under a line with the decision.
-
-    Args:
-        result: What to draw.
-        max_side: Longest side of a panel in pixels.
-    """
+    """Panels of at most ``max_side`` pixels, side by side or for wide images in a column, under the decision."""
     image = _panel(result.image, max_side)
     panels = [("image", image)]
     if result.truth is not None:

@@ -10,11 +10,10 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from ..distributed import align_metrics, all_gather_object
-from .callback import names_of, rows_of
+from ..classes import names_of, rows_of
+from ..running import align_metrics, all_gather_object
 
 _GROUND_TRUTH = ("gt_label", "gt_mask")
 
@@ -22,10 +21,9 @@ _GROUND_TRUTH = ("gt_label", "gt_mask")
 class ClassEvaluator(Evaluator):
     """anomalib's evaluator, whose test metrics are computed class by class where the model knows several.
 
-    The metric of a class is logged as ``image_AUROC/nut`` and the mean over the classes as ``image_AUROC``. Benchmarks
-    are averaged like this, because scores of different classes cannot be compared. A class whose images do not define
-    a metric (no defects, no masks) has no value of it and does not count in the mean.
-    Images of all loaders count together, and so do those of all processes, also of a class that some do not see.
+    The metric of a class is logged as ``image_AUROC/nut`` and the mean over the classes as ``image_AUROC``, as
+    benchmarks are averaged: scores of different classes cannot be compared. A class whose images do not define a metric
+    (no defects, no masks) does not count in its mean. Images of all loaders and of all processes count together.
     """
 
     _by_row: dict[int, list[Any]]  # copies of the test metrics, for every class that occurred
@@ -37,16 +35,10 @@ class ClassEvaluator(Evaluator):
         self._by_row, self._truth = {}, set()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT | None,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: ImageBatch, *_: object
     ) -> None:
         """Update the metrics of the classes in the batch."""
-        del trainer, outputs, batch_idx, dataloader_idx
+        del trainer, outputs
         rows = rows_of(pl_module, batch)
         for row in sorted(set(rows.tolist())):
             metrics = self._metrics_of_row(row, pl_module.device)

@@ -14,15 +14,16 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..classes import names_of, rows_of
 from ..data.listing import listed_files
 from ..data.reading_hooks import unreadable_files
-from ..distributed import all_gather_object
 from ..files import write_atomically
-from .callback import ResultWriter, names_of, rows_of
+from ..running import all_gather_object
+from .callback import ResultWriter
 
 
 class Row(NamedTuple):
-    """One image: its file, class, score, decision and label, empty where not known."""
+    """One image; empty what is not known."""
 
     image_path: str
     class_name: str
@@ -35,11 +36,10 @@ class DecisionsWriter(ResultWriter):
     """Writes ``decisions.csv`` at the end of a prediction or test: a row per image, in the order of the data.
 
     Columns are ``image_path``, ``class_name``, ``score``, ``decision`` ("good", "anomalous", "unreadable"), and in a
-    test ``label``. The score is the post-processed one, written with the digits that give its float back; without a
-    post-processor it is the raw one and there is no decision. A file of a folder that could not be read has a row
-    without score. Where several processes run, the first writes the rows of all. A prediction that fails writes
-    nothing, and leaves an older table as it is. Every :class:`AprilGAN` brings one of these; another one that the
-    trainer is given takes its place.
+    test ``label``. The score is the post-processed one, with the digits that give its float back; without a
+    post-processor it is raw and there is no decision. A file that could not be read has no score. The first of several
+    processes writes the rows of all. A prediction that fails leaves an older table as it is. Every :class:`AprilGAN`
+    brings a writer; another one that the trainer is given takes its place.
 
     Args:
         path: File to write; else ``decisions.csv`` in the trainer's ``default_root_dir``.
@@ -83,11 +83,9 @@ class DecisionsWriter(ResultWriter):
 
 
 def in_order(rows: Sequence[Row], files: Sequence[str]) -> list[Row]:
-    """Rows in the order of the data, without those that a sampler repeated to give every process as many.
+    """Rows in the order of the data's files, without those that a sampler repeated to give every process as many.
 
-    Args:
-        rows: Rows of all processes.
-        files: Images of the data; one that has no row was not looked at. Rows of other images come last.
+    A file without a row was not looked at. Rows of other images come last.
     """
     of_file: dict[str, deque[Row]] = defaultdict(deque)
     for row in rows:
@@ -98,7 +96,7 @@ def in_order(rows: Sequence[Row], files: Sequence[str]) -> list[Row]:
 
 
 def _scores(scores: torch.Tensor | None, number: int) -> list[str]:
-    """The shortest texts that give the scores back."""
+    # The shortest texts that give the scores back.
     return [""] * number if scores is None else [str(score) for score in scores.float().cpu().numpy()]
 
 
@@ -107,7 +105,7 @@ def _words(labels: torch.Tensor | None, number: int) -> list[str]:
 
 
 def _class_names(batch: ImageBatch, pl_module: LightningModule) -> Sequence[str]:
-    """Classes by which the model judged, or else those that the data name."""
+    # Those by which the model judged, or else those that the data name.
     known = names_of(pl_module)
     if len(known) > 1:
         return [known[row] for row in rows_of(pl_module, batch).tolist()]

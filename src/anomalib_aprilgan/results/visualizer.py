@@ -1,8 +1,4 @@
-"""A drawing of every result.
-
-anomalib's ``ImageVisualizer`` draws maps on one range for all images, too. It resizes every image to a square, shows
-images of 16 bits white, and tells neither score nor decision.
-"""
+"""A drawing of every result; anomalib's are squares whatever the image, and tell neither score nor decision."""
 
 from __future__ import annotations
 
@@ -21,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from ..data.display import display_image
+from ..classes import rows_of
 from ..data.listing import listed_files
 from ..data.pre_processing import AprilGANPreProcessor
-from ..data.reading import UnreadableImageError
+from ..data.reading import UnreadableImageError, display_image
 from ..files import write_atomically
-from .callback import ResultWriter, rows_of
+from .callback import ResultWriter
 from .drawing import Result, draw
 
 
@@ -34,20 +30,15 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
     """Draws every tested or predicted image beside its heatmap, with score and decision.
 
     Panels: the image as a viewer shows it; where there is a mask, the image with its outline in green; the heatmap
-    over the dimmed image, its colours ranging from 0 to 1 in every drawing, so that good parts stay dark, with an
-    outline in cyan at the threshold. Without the default post-processor, maps may lie outside this range; what
-    exceeds it is drawn as its end, and the text under the panel says so. Without thresholds nothing is outlined
-    or decided, and without a map there is no heatmap.
+    over the dimmed image, its colours ranging from 0 to 1 in every drawing, with an outline in cyan at the threshold.
+    Without the default post-processor, maps may exceed this range; they are then drawn as its ends, and the text under
+    the panel says so. Without thresholds nothing is outlined or decided, and without a map there is no heatmap.
 
-    Files are PNGs in ``images`` of the run's results folder, in the folders that anomalib's visualizer would choose;
-    where that would throw two folders together, in the folders of the data. Images without a path are numbered.
+    Files are PNGs in folders that :func:`output_folders` chooses. Images without a path are numbered.
 
     Args:
         output_dir: Folder for the drawings; else ``images`` in the trainer's ``default_root_dir``.
-        max_side: Longest side of a panel in pixels; larger images are drawn smaller.
-
-    Raises:
-        ValueError: ``max_side`` is too small to see anything.
+        max_side: Longest side of a panel in pixels, at least 64; larger images are drawn smaller.
     """
 
     def __init__(self, output_dir: str | Path | None = None, max_side: int = 1024) -> None:
@@ -100,7 +91,6 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         return folder / (source.name if source.suffix.lower() == ".png" else f"{source.name}.png")
 
     def _result_of(self, batch: ImageBatch, place: int, row: int, pl_module: LightningModule) -> Result:
-        """What is drawn of the image at a place in the batch, whose class has this row."""
         thresholds: list[float | None] = [None, None]
         post_processor = getattr(pl_module, "post_processor", None)
         if isinstance(post_processor, PostProcessor) and post_processor.enable_thresholding:
@@ -136,17 +126,10 @@ def output_folders(files: list[str], dataset_name: str | None, category: str | N
 
     anomalib's choice, which is the folders below the data set's and category's where these are in the path, and else
     the last folder alone. Where that would be the same for two folders, their paths below the folder of all data.
-
-    Args:
-        files: All images.
-        dataset_name: Name of the data set.
-        category: Name of its category.
     """
     folders = {Path(file).parent for file in files}
-    chosen = {
-        folder: generate_output_filename(folder / "_", Path(), dataset_name, category, mkdir=False).parent
-        for folder in folders
-    }
+    choose = partial(generate_output_filename, dataset_name=dataset_name, category=category, mkdir=False)
+    chosen = {folder: choose(folder / "_", Path()).parent for folder in folders}
     if len(set(chosen.values())) == len(folders):
         return chosen
     whole = Path(commonpath([folder.absolute() for folder in folders]))

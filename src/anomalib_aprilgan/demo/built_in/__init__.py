@@ -6,7 +6,7 @@ a demonstration model, no substitute for CLIP.
 
 from pathlib import Path
 
-from ...clip.registry import BuiltInClip
+from ...clip.architecture import BuiltInClip
 
 _FOLDER = Path(__file__).parent
 

@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import normalize
 
+from ...clip import library
 from ...clip.architecture import ClipArchitecture
-from ...clip.backbone import ClipBackbone, VisionOutput, random_weights
+from ...clip.backbone import ClipBackbone, VisionOutput
 from ...data.pre_processing import CLIP_MEAN, CLIP_STD
 from ...network.scoring import TEMPERATURE, text_logits
 from ..drawing import INVENTIONS
@@ -299,3 +300,10 @@ def _optimizers(clip: ClipBackbone, learning_rate: float, table_learning_rate: f
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
+
+
+def random_weights(architecture: ClipArchitecture, seed: int) -> dict[str, Tensor]:
+    """open_clip's initial weights, repeatable; no random generator of the caller moves, on no device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator, too
+        return dict(library.build_clip(architecture.name, architecture.config).state_dict())

@@ -3,7 +3,7 @@
 python -m anomalib_aprilgan.demo.studies.built_in --root datasets/DrawnInspection --out figures.json
 
 Every seed is a new product of every category: freshly drawn, with as many good as defective test
-pictures. Figures are means over categories; the deviation is the one between seeds.
+images. Figures are means over categories; the deviation is the one between seeds.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from ... import AprilGAN
-from ...checkpoint import load_adapters
-from ...decision.post_processing import AprilGANPostProcessor
+from ...decision.fusion import ScoreFusion
+from ...evaluation.shared_pass import fused_over_test_set
 from ...evaluation.tables import markdown
 from ...files import write_atomically
-from ...network.scoring import map_statistic
+from ...provenance import load_adapters
 from .. import built_in
 from ..drawing import CATEGORIES
 from ..drawn_clip.pretrain import CAPTIONED_CATEGORIES, UNSEEN_CATEGORIES, UNSEEN_DEFECTS
 from ..inspection import DrawnInspection
 
 SHOTS = (1, 2, 4)
+# Good test images of a product, and as many defective ones: three of every kind of defect.
+TEST_IMAGES = 42
 PIXEL_METRICS = ("pixel AUROC", "pixel AP", "AUPRO")
 # By setting, the figures of a category and product.
 Figures = dict[str, dict[str, float]]
@@ -46,13 +48,13 @@ Figures = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Product:
-    """Test pictures and references of one drawn product.
+    """Test images and references of one drawn product.
 
     Attributes:
         images: ``(N, 3, H, W)`` in ``[0, 1]``.
         masks: ``(N, H, W)``, 1 for a defect.
         kinds: ``N`` defect kinds, ``"good"`` for none.
-        references: Files of good pictures of the training set.
+        references: Files of good images of the training set.
     """
 
     images: Tensor
@@ -62,7 +64,7 @@ class Product:
 
     @property
     def labels(self) -> Tensor:
-        """``(N,)``, 1 for a defective picture."""
+        """``(N,)``, 1 for a defective image."""
         return torch.from_numpy((self.kinds != "good").astype(np.int64))
 
 
@@ -82,7 +84,12 @@ def build_model(class_name: str, **overrides: Any) -> AprilGAN:  # noqa: ANN401 
 def load_product(root: Path, category: str, seed: int) -> Product:
     """A product from disk, drawn on first use."""
     data = DrawnInspection(
-        root=root, category=category, image_size=built_in.IMAGE_SIZE, num_train=max(SHOTS), num_test=42, seed=seed
+        root=root,
+        category=category,
+        image_size=built_in.IMAGE_SIZE,
+        num_train=max(SHOTS),
+        num_test=TEST_IMAGES,
+        seed=seed,
     )
     data.prepare_data()
     data.setup()
@@ -135,18 +142,13 @@ def untrained(build: Callable[..., AprilGAN], category: str, product: Product) -
 def raw_scores(model: AprilGAN, product: Product) -> tuple[Tensor, Tensor]:
     """Text probability and map, neither fused nor scaled."""
     model.setup("predict")
-    pre_processor: Any = model.pre_processor  # anomalib allows none
-    output = model.model(pre_processor(product.images))
-    return output.pred_score, output.anomaly_map
+    return model.predict(product.images)[:2]
 
 
 def fused_scores(text_probability: Tensor, anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
-    """Few-shot scores as published: the bounds of what stands for the map are those of the test images."""
-    statistic = map_statistic(anomaly_map, top_share)
-    fusion = AprilGANPostProcessor(fuse_map_maximum=True, top_share=top_share)
-    fusion.map_maximum_min.copy_(statistic.min())
-    fusion.map_maximum_max.copy_(statistic.max())
-    return fusion.fuse(text_probability, anomaly_map)
+    """Few-shot scores as published: the bounds of the map statistic are those over the test images."""
+    fusion = ScoreFusion(top_share=top_share)
+    return fused_over_test_set(fusion, text_probability, fusion.statistic(anomaly_map))
 
 
 def figures_of(score: Tensor, anomaly_map: Tensor, product: Product) -> dict[str, float]:
@@ -167,7 +169,7 @@ def measure(build: Callable[..., AprilGAN], root: Path, seeds: Sequence[int], in
 
     Args:
         build: Makes the model from a class name and further arguments.
-        root: Folder of the drawn pictures.
+        root: Folder of the drawn images.
         seeds: The products.
         inspected: Categories that the adapters never saw; the others are scored by the text alone.
     """

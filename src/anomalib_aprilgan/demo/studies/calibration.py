@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from ... import AprilGAN
-from ...checkpoint import load_adapters
 from ...data.reading import load_image
 from ...evaluation.tables import markdown
 from ...files import write_atomically
+from ...provenance import load_adapters
 from .. import built_in
 from ..drawing import CATEGORIES
 from ..inspection import DrawnInspection

@@ -1,0 +1,76 @@
+"""The few-shot score: how text probability and anomaly map become one number (arXiv:2305.17382, sec. 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# From text probability and map statistic, both ``(B,)`` and the latter scaled by its bounds, to the score ``(B,)``.
+# A fusion must not decrease in either of them.
+Fusion = Callable[[Tensor, Tensor], Tensor]
+
+# By the name that `score_fusion` takes.
+FUSIONS: dict[str, Fusion] = {
+    "mean": lambda text, statistic: 0.5 * (text + statistic),  # the published few-shot score
+    "text": lambda text, _: text,  # the zero-shot score, also where there are references
+    "map": lambda _, statistic: statistic,
+}
+
+
+def map_statistic(anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
+    """The number ``(B,)`` that stands for a map ``(B, H, W)`` in the score of its image.
+
+    It is the mean of the highest pixels, ``top_share`` of them all and at least one; the maximum for a share of 0.
+    """
+    pixels = anomaly_map.flatten(1)
+    if not top_share:
+        return pixels.amax(dim=1)
+    return pixels.topk(max(1, round(top_share * pixels.shape[1])), dim=1).values.mean(dim=1)
+
+
+class ScoreFusion(nn.Module):
+    """Fuses scores by class, with the bounds between which the map statistic is scaled.
+
+    The authors take the bounds from all test images of a class. Here they are buffers, learned in validation or from
+    held-out references, so that an image can be scored alone. The rule is the name of one of :data:`FUSIONS`.
+    """
+
+    def __init__(self, rule: str = "mean", top_share: float = 0.0) -> None:
+        super().__init__()
+        if rule not in FUSIONS:
+            msg = f"`score_fusion` must be one of {', '.join(FUSIONS)}, got {rule!r}."
+            raise ValueError(msg)
+        if not 0.0 <= top_share <= 1.0:
+            msg = f"`top_share` must be a share of the map in [0, 1], or 0 for its maximum, got {top_share}."
+            raise ValueError(msg)
+        self.rule, self.top_share = rule, top_share
+        self.register_buffer("low", torch.zeros(1))
+        self.register_buffer("high", torch.ones(1))
+        self.low: Tensor
+        self.high: Tensor
+
+    def statistic(self, anomaly_map: Tensor) -> Tensor:
+        """The number ``(B,)`` that stands for each map ``(B, H, W)``."""
+        return map_statistic(anomaly_map, self.top_share)
+
+    def forward(self, text_probability: Tensor, statistic: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Few-shot scores ``(B,)``, within ``[0, 1]`` where the raw statistic ``(B,)`` is within its bounds.
+
+        ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one class.
+        """
+        low, high = (self.low, self.high) if rows is None else (self.low[rows], self.high[rows])
+        span = torch.where(high == low, torch.ones_like(high), high - low)
+        return FUSIONS[self.rule](text_probability, (statistic - low) / span)
+
+    def set_rows(self, kept: Sequence[int | None], map_limit: float) -> None:
+        """Have bounds for as many classes: those of the rows named here, else from 0 to ``map_limit``."""
+        low = [self.low.new_zeros(()) if row is None else self.low[row] for row in kept]
+        high = [self.high.new_tensor(map_limit) if row is None else self.high[row] for row in kept]
+        self.low, self.high = torch.stack(low), torch.stack(high)
+
+    def range(self, map_ceiling: float) -> tuple[Tensor, Tensor]:
+        """Lowest and highest score ``(N,)`` that a map in ``[0, map_ceiling]`` can lead to."""
+        zeros, ones = torch.zeros_like(self.low), torch.ones_like(self.low)
+        return self(zeros, zeros), self(ones, map_ceiling * ones)

@@ -1,0 +1,80 @@
+"""The bounds and thresholds of one class, to be read and set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .post_processing import AprilGANPostProcessor
+
+# By the name under which a user reads and sets it, the post-processor's buffer of each bound.
+BUFFERS = {
+    "image_min": "image_min",
+    "image_threshold": "_image_threshold",
+    "image_max": "image_max",
+    "pixel_min": "pixel_min",
+    "pixel_threshold": "_pixel_threshold",
+    "pixel_max": "pixel_max",
+    "map_maximum_min": "fusion.low",
+    "map_maximum_max": "fusion.high",
+}
+
+
+class ClassValues:
+    """The bounds, thresholds and sensitivities of one class: a view of its row in a post-processor."""
+
+    def __init__(self, post_processor: AprilGANPostProcessor, row: int) -> None:
+        self._post_processor, self._row = post_processor, row
+
+    def values(self) -> dict[str, float]:
+        """Bounds and thresholds by name, raw: what is cut at, and between what the scale runs."""
+        return {name: self._post_processor.get_buffer(buffer)[self._row].item() for name, buffer in BUFFERS.items()}
+
+    def set_values(self, **values: float) -> None:
+        """Fix some of :meth:`values`; a ValueError if a name is unknown or a value not finite.
+
+        From then on validation changes none of this class.
+        """
+        for name, value in values.items():
+            if name not in BUFFERS or not math.isfinite(value):
+                msg = f"`values` must be finite numbers for some of {', '.join(BUFFERS)}, got {name}={value}."
+                raise ValueError(msg)
+        self.take(values)
+        self._post_processor.fixed[self._row] = True
+
+    def take(self, values: Mapping[str, float]) -> None:
+        """Set some of :meth:`values`, without fixing them."""
+        for name, value in values.items():
+            self._post_processor.get_buffer(BUFFERS[name])[self._row] = value
+
+    def set_defaults(self, map_limit: float, map_low: float = 0.0, pixel_threshold: float | None = None) -> None:
+        """Bounds and thresholds until a validation tells better ones; nothing is fixed any more.
+
+        Maps are expected up to ``map_limit``, their statistic from ``map_low`` on; without a threshold, pixels are cut
+        in the middle.
+        """
+        pixel_threshold = map_limit / 2.0 if pixel_threshold is None else pixel_threshold
+        self.take({"image_min": 0.0, "image_threshold": 0.5, "image_max": 1.0})
+        self.take({"pixel_min": 0.0, "pixel_threshold": pixel_threshold, "pixel_max": map_limit})
+        self.take({"map_maximum_min": map_low, "map_maximum_max": map_limit})
+        self._post_processor.fixed[self._row] = False
+
+    @property
+    def image_sensitivity(self) -> float:
+        """One minus the score above which an image of this class is anomalous."""
+        return self._post_processor.sensitivities("image")[self._row]
+
+    @image_sensitivity.setter
+    def image_sensitivity(self, value: float) -> None:
+        self._post_processor.set_sensitivity("image", self._row, value)
+
+    @property
+    def pixel_sensitivity(self) -> float:
+        """One minus the value of the map above which a pixel is anomalous."""
+        return self._post_processor.sensitivities("pixel")[self._row]
+
+    @pixel_sensitivity.setter
+    def pixel_sensitivity(self, value: float) -> None:
+        self._post_processor.set_sensitivity("pixel", self._row, value)

@@ -1,0 +1,180 @@
+"""CLIP, adapters, text features and memory banks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..classes import Classes
+from ..clip.backbone import VisionOutput, load_clip
+from ..clip.prompts import ALIASES
+from ..data.listing import class_name_of
+from ..data.pre_processing import describe, prepared
+from ..data.references import ReferenceSource, content_digests, read_reference, references_of_class
+from ..files import sha256
+from ..network.model import AprilGANModel
+from ..provenance import adapter_path, check_shapes, load_resolved_adapters, resolve_adapters
+from ..recipe import Recipe, RowRecipes
+from ..settings import Settings
+from .workplace import Made, Workplace, tiles_of
+
+logger = logging.getLogger(__name__)
+
+# Of the one class that nothing tells.
+_OBJECT = "object"
+
+
+def attach_clip(settings: Settings, made: Made, network: AprilGANModel, device: torch.device) -> None:
+    """Give the network its CLIP; a ValueError where it is not that of the checkpoint that was loaded."""
+    if network.has_backbone:
+        return
+    backbone = load_clip(settings.architecture, settings.pretrained)
+    if made.clip is not None and not backbone.matches(made.clip):
+        msg = (
+            f"`pretrained`: the checkpoint belongs to a CLIP with weights {made.clip}, "
+            f"{settings.pretrained} has weights {backbone.digest}."
+        )
+        raise ValueError(msg)
+    network.attach_backbone(backbone.to(device))
+
+
+def load_adapters(place: Workplace) -> None:
+    """Given adapters, unless a checkpoint brought its own; ``"auto"`` looks at the data set."""
+    settings, made, network = place.settings, place.made, place.network
+    if settings.adapters is None or made.has_trained:
+        return
+    if place.datamodule is None and made.adapters is not None:
+        return  # a plain folder goes on with what "auto" chose before
+    source = resolve_adapters(settings.adapters, place.datamodule, settings.architecture)
+    wanted = Recipe.of(file=sha256(adapter_path(source)))
+    if made.adapters == wanted:
+        return
+    state_dict, provenance = load_resolved_adapters(source)
+    provenance.check(network.backbone, settings.stages, source)
+    check_shapes(state_dict, network.adapters.state_dict(), source)
+    network.adapters.load_state_dict(state_dict)
+    made.provenance, made.adapters = provenance, wanted
+    logger.info("Adapters: %s, trained on %s", source, provenance.trained_on or "unknown data")
+
+
+def wanted_classes(place: Workplace, *, single: bool) -> Classes:
+    """The classes at hand: the user's, else the datamodule's, else those known before.
+
+    There is a single one where the images to come do not tell their class (prediction, export).
+    """
+    settings, known = place.settings, place.made.classes
+
+    def words_for(name: str) -> str:
+        return ALIASES.get(name, name) if settings.class_aliases else name
+
+    if settings.words is not None:
+        words = {name: words_for(name) if name == given else given for name, given in settings.words.items()}
+        return Classes.of(words, settings.default_class)
+    several: Sequence[str] = getattr(place.datamodule, "class_names", None) or ()
+    if several and not single:
+        return Classes.of({name: words_for(name) for name in several})
+    name = _OBJECT if several or place.datamodule is None else class_name_of(place.datamodule)
+    if name == _OBJECT and (len(known) == 1 or (len(known) and not single)):
+        return known  # encoded or restored before
+    return Classes.of({name: words_for(name)})
+
+
+def set_classes(place: Workplace, wanted: Classes) -> None:
+    """Rows for these classes, and their text features; the text tower runs for new sentences only."""
+    made, network = place.made, place.network
+    kept = made.classes.kept_in(wanted)
+    rows, features = [], []
+    for name, words, source in zip(wanted.names, wanted.words, kept, strict=True):
+        normal, anomalous = place.settings.prompts.of_class(name).sentences(words)
+        recipe = Recipe.of(clip=clip_recipe(place), normal=normal, anomalous=anomalous)
+        row = RowRecipes() if source is None else made.rows[source]
+        if source is not None and row.text is not None and row.text.agrees(recipe):
+            features.append(network.text_features[source])
+        else:
+            features.append(network.backbone.encode_states(normal, anomalous))
+        row.text = recipe
+        rows.append(row)
+    if wanted != made.classes:
+        logger.info("Class names in the prompts: %s", ", ".join(wanted.words))
+    network.set_rows(torch.stack(features), kept)
+    place.own_fusion.set_rows(kept, network.map_limit)
+    if place.post_processor is not None:
+        place.post_processor.set_rows(wanted, kept, network.map_limit, network.map_ceiling)
+    made.classes, made.rows = wanted, rows
+
+
+def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
+    """Remember the references of a class, unless they are already; returns CLIP's output of those new and untiled.
+
+    Raises:
+        FileNotFoundError: A reference is missing.
+        ValueError: The class has no references, too few, or an unreadable one.
+    """
+    network, recipes, scorer = place.network, place.made.rows[row], place.network.few_shot
+    if scorer is None or not place.settings.k_shot:
+        return []
+    name, source = place.made.classes.names[row], _reference_source(place, row)
+    settled = _bank_recipe(place)
+    remembered = recipes.bank is not None and recipes.bank.agrees(settled, "references", "preparing")
+    asked = f"{source.name} {source.k_shot} {source.seed}" if source.is_available else ""
+    if not source.is_available:
+        if remembered and scorer.number(row):
+            return []
+        msg = (
+            f"`k_shot={place.settings.k_shot}` needs normal images of {name!r}: pass `references`, or a datamodule "
+            "with training images."
+        )
+        raise ValueError(msg)
+    try:
+        files = source.draw()
+    except (FileNotFoundError, ValueError):
+        if remembered and scorer.number(row) and asked == recipes.asked:
+            return []  # those of a checkpoint, whose images may be gone
+        raise
+    wanted = _bank_recipe(place, content_digests(files))
+    outputs: list[VisionOutput] = []
+    if recipes.bank is None or not scorer.number(row) or not recipes.bank.agrees(wanted):
+        images = torch.cat([prepared(place.pre_processor, tiles_of(place, read_reference(file))) for file in files])
+        outputs = [network.encode(image) for image in torch.split(images, 1)]
+        scorer.fill(row, images, VisionOutput.cat(outputs))
+        if recipes.bounds is not None and not recipes.bounds.ingredients:
+            recipes.bounds = None  # of a checkpoint of 0.1.0, which does not tell what they rest on
+    recipes.bank, recipes.asked, recipes.references = wanted, asked, [str(file) for file in files]
+    logger.info("References of %s: %s", name, ", ".join(recipes.references))
+    return outputs if place.settings.tile_size is None else []
+
+
+def clip_recipe(place: Workplace) -> Recipe:
+    """What everything that CLIP encodes rests on."""
+    architecture = place.settings.architecture
+    return Recipe.of(weights=place.network.backbone.digest, quick_gelu=architecture.quick_gelu)
+
+
+def _bank_recipe(place: Workplace, references: Sequence[str] = ()) -> Recipe:
+    settings = place.settings
+    return Recipe.of(
+        clip=clip_recipe(place),
+        image_size=settings.architecture.image_size,
+        scorer=[settings.few_shot, settings.memory_stages, settings.neighbourhood],
+        tile_size=settings.tile_size,
+        preparing=[describe(place.pre_processor), place.precision],
+        references=references,
+        number=settings.k_shot,
+    )
+
+
+def _reference_source(place: Workplace, row: int) -> ReferenceSource:
+    """Where the references of a class come from."""
+    settings, classes, datamodule = place.settings, place.made.classes, place.datamodule
+    name = classes.names[row]
+    if settings.references is not None:
+        given = references_of_class(settings.references, name, classes.names)
+        return ReferenceSource(settings.k_shot, settings.seed, given, datamodule)
+    tells: Any = getattr(datamodule, "class_names", None)
+    told = tells or ([] if datamodule is None else [class_name_of(datamodule)])
+    own = name in told or (len(classes) == 1 and not tells)
+    of_class = name if tells and name in tells else None
+    return ReferenceSource(settings.k_shot, settings.seed, None, datamodule if own else None, of_class)

@@ -1,0 +1,89 @@
+"""What the training of fresh adapters needs of its data, and what it leaves written down."""
+
+from __future__ import annotations
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+
+from .decision.post_processing import AprilGANPostProcessor
+from .network.model import AprilGANModel
+from .preparation.workplace import Made
+from .provenance import Provenance
+from .running import precision_of
+from .settings import Settings
+
+
+def check(settings: Settings, datamodule: AnomalibDataModule | None) -> None:
+    """Raise a RuntimeError if there is nothing to train, a ValueError if the data are known to hold no defect."""
+    if settings.tile_size is not None:
+        msg = "`tile_size` is for inspection. Train the adapters without it, then pass them as `adapters`."
+        raise RuntimeError(msg)
+    if settings.adapters is not None:
+        msg = f"`adapters={settings.adapters!r}` are given and not trained. Pass `adapters=None` to train fresh ones."
+        raise RuntimeError(msg)
+    if has_defects(datamodule) is False:
+        raise_without_defects(datamodule)
+
+
+def has_defects(datamodule: AnomalibDataModule | None) -> bool | None:
+    """Whether the training data hold anomalous images; ``None`` where that is not known beforehand."""
+    told: bool | None = getattr(getattr(datamodule, "train_data", None), "has_anomalous", None)
+    return told
+
+
+def raise_without_defects(datamodule: AnomalibDataModule | None) -> None:
+    """Raise the error for training data without a defect."""
+    msg = (
+        "`adapters=None` trains fresh adapters, which takes images of defects; the training data of "
+        f"{getattr(datamodule, 'name', 'the loader')} has not a single anomalous image. Wrap datamodules with defects, "
+        "with masks or labels alone, in `anomalib_aprilgan.data.AuxiliaryData`; for good parts alone give it "
+        "`synthetic_rate=0.5`; or pass trained `adapters`."
+    )
+    raise ValueError(msg)
+
+
+def note(made: Made, network: AprilGANModel, datamodule: AnomalibDataModule | None) -> None:
+    """Write down what the adapters will have seen, beside what they have seen before."""
+    now = Provenance.of_training(datamodule, network.backbone, network.stages)
+    made.provenance = now.with_earlier(made.provenance.trained_on)
+
+
+def known_mask(batch: ImageBatch) -> Tensor | None:
+    """``(B, H, W)`` masks of a batch, ``UNKNOWN`` where only the label is known; ``None`` where it tells neither."""
+    mask = batch.gt_mask if batch.gt_mask is not None else getattr(batch, "partial_mask", None)
+    return None if mask is None else mask.as_subclass(Tensor)
+
+
+def mask_of(batch: ImageBatch) -> Tensor:
+    """What :func:`known_mask` returns; a ValueError where the batch tells neither masks nor labels."""
+    mask = known_mask(batch)
+    if mask is None:
+        msg = (
+            "Training adapters needs masks (`gt_mask`), and this batch has none. To train on images with labels "
+            "alone, wrap their datamodule: `anomalib_aprilgan.data.AuxiliaryData(datamodules=[...])`."
+        )
+        raise ValueError(msg)
+    return mask
+
+
+def validate(module: AnomalibModule, post_processor: nn.Module | None, datamodule: AnomalibDataModule | None) -> None:
+    """Learn bounds and thresholds from a datamodule's validation images before a test or prediction.
+
+    anomalib's Engine does so for given adapters. For a model that it may train it trusts the thresholds of the
+    training, which are for other data.
+    """
+    if datamodule is None or not isinstance(post_processor, AprilGANPostProcessor):
+        return
+    data = getattr(datamodule, "val_data", None)
+    for batch in datamodule.val_dataloader() if data is not None and len(data) else ():
+        on_device = module.trainer.strategy.batch_to_device(batch)
+        if isinstance(module.pre_processor, PreProcessor):
+            module.pre_processor.on_validation_batch_start(module.trainer, module, on_device, 0)
+        with torch.inference_mode(), precision_of(module)[1]:
+            outputs = module.validation_step(on_device, 0)
+        post_processor.on_validation_batch_end(module.trainer, module, outputs)
+    post_processor.on_validation_epoch_end(module.trainer, module)
+    module.on_validation_epoch_end()
