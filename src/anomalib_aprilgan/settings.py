@@ -62,7 +62,7 @@ class Settings:
         for words in (self.words or {}).values():
             self.prompts.sentences(words)  # raises if they are empty
         if self.default_class is not None and self.default_class not in (self.words or {}):
-            names, given = list(self.words or {}), self.default_class
+            names, given = None if self.words is None else list(self.words), self.default_class
             msg = f"`default_class` must be one of the classes in `class_name` ({names}), got {given!r}."
             raise ValueError(msg)
 

@@ -7,7 +7,7 @@ import torch
 from anomalib.metrics import AUPRO, AUROC, F1Max
 from torch import nn
 
-from anomalib_aprilgan import distributed
+from anomalib_aprilgan import running
 from anomalib_aprilgan.running import align_metrics, all_gather_object
 
 
@@ -43,9 +43,9 @@ def test_a_process_without_images_takes_part(monkeypatch: pytest.MonkeyPatch) ->
     for metric in busy:
         metric.update(Images())
     gathered: list[Any] = []
-    monkeypatch.setattr(distributed, "all_gather_object", lambda value: gathered.append(value) or [value])
+    monkeypatch.setattr(running, "all_gather_object", lambda value: gathered.append(value) or [value])
     align_metrics([busy, unused])
-    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [gathered[0], value])
+    monkeypatch.setattr(running, "all_gather_object", lambda value: [gathered[0], value])
     align_metrics([idle, unused])
     assert all(metric.update_called for metric in idle)
     assert not any(metric.update_called for metric in unused)
