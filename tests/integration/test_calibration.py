@@ -167,7 +167,7 @@ def test_classes_are_calibrated_like_models_of_one(april_gan: Build) -> None:
 
 def test_tiles(april_gan: Build) -> None:
     arguments: dict[str, Any] = {"class_name": "bottle", "k_shot": 2, "references": good("bottle")[:2]}
-    model = april_gan(tile_size=48, calibration="references", false_positive_rate=SHARE, **arguments)
+    model = april_gan(tile_size=96, calibration="references", false_positive_rate=SHARE, **arguments)
     model.setup("predict")
     assert model.model.few_shot.number(0) > 2
     result = model(images_of(good("bottle")[:1]))
