@@ -166,20 +166,22 @@ def test_shared_pass_equals_the_settings_one_by_one(configure: Configure) -> Non
         assert shared.pixel_auroc.nunique() > 3  # the draws differ
 
 
+@pytest.mark.parametrize("mixed_precision", [False, True])
 @pytest.mark.parametrize("options", [{}, {"smoothing_sigma": 1.5, "neighbourhood": 3, "memory_stages": (1, 3)}])
 def test_many_banks_from_one_pass_equal_predictions_one_by_one(
-    april_gan: Callable[..., AprilGAN], options: dict[str, Any]
+    april_gan: Callable[..., AprilGAN], options: dict[str, Any], mixed_precision: bool
 ) -> None:
     model = april_gan(class_name="tile", k_shot=4, references=str(DATASET / "tile" / "train" / "good"), **options)
     model.setup("predict")
     network, images = model.model, torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     banks = [[], [2], [0, 3], [3, 2, 1, 0]]
-    text, maps = predict_banks(network, network.few_shot, images, banks)
-    for bank, found in zip(banks, maps, strict=True):
-        with torch.no_grad():
-            alone = network.predict(images, without={0, 1, 2, 3} - set(bank), few_shot=bool(bank))
-        torch.testing.assert_close(found, alone.anomaly_map, atol=1e-6, rtol=0)
-        torch.testing.assert_close(text, alone.text_probability, atol=1e-6, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+        text, maps = predict_banks(network, network.few_shot, images, banks)
+        for bank, found in zip(banks, maps, strict=True):
+            with torch.no_grad():
+                alone = network.predict(images, without={0, 1, 2, 3} - set(bank), few_shot=bool(bank))
+            torch.testing.assert_close(found, alone.anomaly_map, atol=1e-6, rtol=0)
+            torch.testing.assert_close(text, alone.text_probability, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shared_pass", [True, False])

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..network.memory_bank import MemoryBank
 from ..network.model import AprilGANModel
 from ..network.scoring import distance_map, nearest_normal_distance, smooth
+from ..running import full_precision
 
 
 @torch.no_grad()
@@ -35,18 +36,20 @@ def predict_banks(
     zero_shot = torch.stack([maps[:, 1] for maps in raw.stage_probabilities]).sum(dim=0)
     distances: list[Tensor] = []  # by stage ``(K, B, L)``: of the patches to every single reference
     if references.number(0):
-        distances = [
-            torch.stack([nearest_normal_distance(tokens.float(), [reference]) for reference in remembered])
-            for tokens, remembered in zip(references.tokens_of(output), references.features(0), strict=True)
-        ]
+        with full_precision(images):
+            distances = [
+                torch.stack([nearest_normal_distance(tokens.float(), [reference]) for reference in remembered])
+                for tokens, remembered in zip(references.tokens_of(output), references.features(0), strict=True)
+            ]
     size = (images.shape[-2], images.shape[-1])
 
     def map_of(bank: Sequence[int]) -> Tensor:
         anomaly_map = zero_shot
-        if bank:
-            nearest = [of_stage[list(bank)].amin(dim=0) for of_stage in distances]
-            maps = [distance_map(of_stage, references.grid, size) for of_stage in nearest]
-            anomaly_map = zero_shot + torch.stack(maps).sum(dim=0)
-        return smooth(anomaly_map, network.smoothing_sigma)
+        with full_precision(images):
+            if bank:
+                nearest = [of_stage[list(bank)].amin(dim=0) for of_stage in distances]
+                maps = [distance_map(of_stage, references.grid, size) for of_stage in nearest]
+                anomaly_map = zero_shot + torch.stack(maps).sum(dim=0)
+            return smooth(anomaly_map, network.smoothing_sigma)
 
     return raw.text_probability, (map_of(bank) for bank in banks)
