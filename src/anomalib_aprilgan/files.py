@@ -1,28 +1,50 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Files that appear whole or not at all, what killed runs leave of them, and which drawings are ours."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import secrets
+import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
+
+import psutil
+from PIL import Image
+
+# What the drawings of results carry in their field "Software", so that no run inspects them.
+SOFTWARE = "anomalib-aprilgan"
+_LONGEST_NAME = 255  # bytes, on all common file systems
+_ABANDONED_AFTER = 86400.0  # seconds, where it cannot be seen whether the writer still runs
+_UNWRITABLE = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG")
+}
 
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, renamed to it when the block ends, and removed after an error.
 
-    The folder is created. The tempfile module is not used: its files are readable by their owner alone.
+    The folder is created, and what killed processes left in it is removed. An OSError names the path and the remedy.
+    The tempfile module is not used: its files are readable by their owner alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with unwritable_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        # Of fixed length: the name of the file itself may be as long as names can be.
+        temporary = path.with_name(f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -31,7 +53,63 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write(file)
 
 
+@contextmanager
+def unwritable_named(path: Path) -> Iterator[None]:
+    """Raise an OSError that names ``path`` and the remedy where the disk is full or the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        msg = f"{path} cannot be written ({error.strerror}). Make room there, or choose another folder."
+        raise OSError(error.errno, msg) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder and raise an OSError, which names it and the remedy, unless a file can be written there."""
+    with unwritable_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+
+
+def fitting_name(stem: str, suffix: str) -> str:
+    """A file name of stem and suffix that file systems take: a stem that is too long ends in a digest of itself."""
+    room = _LONGEST_NAME - len(os.fsencode(suffix))
+    raw = os.fsencode(stem)
+    if len(raw) <= room:
+        return stem + suffix
+    end = f"-{hashlib.blake2b(raw, digest_size=8).hexdigest()}"
+    return raw[: room - len(end)].decode(errors="ignore") + end + suffix
+
+
+def is_drawing(path: Path) -> bool:
+    """Whether a file is a drawing of results that this package made."""
+    if path.suffix.lower() != ".png" or not path.is_file():
+        return False
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path, formats=["PNG"]) as image:
+        return image.info.get("Software") == SOFTWARE
+    return False
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _host() -> str:
+    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+
+@cache  # once in every process and folder: a run writes thousands of files into one
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.glob(".*-*-*.part"):
+        host, _, rest = path.name[1:].partition("-")
+        process = rest.partition("-")[0]
+        with suppress(OSError):  # another process was faster, or it is not ours to remove
+            here = host == _host() and process.isdecimal()
+            if not psutil.pid_exists(int(process)) if here else time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
+                path.unlink()

@@ -34,8 +34,8 @@ from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, RawPredictions
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, is_ready, note_learned, prepare
 from .provenance import save_adapters
-from .results.callback import put_post_processor_first
 from .results.table import DecisionsWriter
+from .results.trainer import prepare_trainer
 from .running import (
     all_gather_object,
     datamodule_of,
@@ -177,7 +177,8 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         own = super().configure_callbacks()
         given = [] if self._trainer is None else vars(self.trainer)["callbacks"]
         tables = [callback for callback in given if isinstance(callback, DecisionsWriter)] or [self.table]
-        return [*(own if isinstance(own, Sequence) else [own]), self.reading_hooks, *tables]
+        # A row of the table before the drawing: where there is a drawing, there is a row.
+        return [*tables, *(own if isinstance(own, Sequence) else [own]), self.reading_hooks]
 
     def setup(self, stage: str) -> None:
         """Load CLIP; without a trainer, ``setup("predict")`` makes the model ready to be called.
@@ -190,7 +191,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
             return
         with SETTING_UP:
             attach_clip(self.settings, self.made, self.model, self.device)
-        put_post_processor_first(self.trainer)
+        prepare_trainer(self.trainer)
         own = self.pre_processor, self.post_processor, self.evaluator, self.visualizer, self.table
         self.reading_hooks.install(self.trainer, stage, own)  # before Lightning starts the loaders' workers
 

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from anomalib_aprilgan.classes import names_of, rows_of
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
-from anomalib_aprilgan.results.callback import ResultWriter, put_post_processor_first
+from anomalib_aprilgan.results.callback import ResultWriter
+from anomalib_aprilgan.results.trainer import prepare_trainer
 
 
 class Writer(ResultWriter):
@@ -42,7 +43,7 @@ def test_post_processors_move_to_the_front_and_the_others_keep_their_order() -> 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.callbacks[:] = [others[0], ours, others[1], theirs, others[2], checkpoint]
     callbacks = trainer.callbacks
-    put_post_processor_first(trainer)
+    prepare_trainer(trainer)
     assert trainer.callbacks is callbacks
     assert callbacks == [ours, theirs, *others, checkpoint]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.tv_tensors import Image
 
+from ..files import is_drawing
 from .listing import datasets_in, entries
 from .reading import UnreadableImageError, keep_for_display, load_image, note_image
 
@@ -58,6 +59,7 @@ class ReadingHooks(Callback):
             source = loop._data_source.instance  # noqa: SLF001  # the only way to loaders before they are iterated
             undo.enter_context(read_rightly(source))
             if stage == "predict":
+                undo.enter_context(leave_out_drawings(source))
                 undo.enter_context(skip_unreadable(source))
         if stage in {"test", "predict"}:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
@@ -113,6 +115,25 @@ def reading_copy(dataset: AnomalibDataset) -> AnomalibDataset:
     twin = copy(dataset)
     twin.__class__ = _reading_class(type(dataset))
     return twin
+
+
+@contextmanager
+def leave_out_drawings(loaders: object) -> Iterator[None]:
+    """Let anomalib's ``PredictDataset``s of a folder leave out drawings of earlier results, while the context lasts.
+
+    A ValueError where a folder holds nothing else. A drawing that is asked for by its own path stays.
+    """
+    with ExitStack() as undo:
+        for dataset in datasets_in(loaders):
+            if isinstance(dataset, PredictDataset) and len(files := dataset.image_filenames) > 1:
+                kept = [file for file in files if not is_drawing(file)]
+                if not kept:
+                    msg = f"`data` holds drawings of results alone, such as {files[0]}. Give a folder of images."
+                    raise ValueError(msg)
+                if len(kept) < len(files):
+                    logger.info("Left out %s drawings of earlier results.", len(files) - len(kept))
+                    undo.enter_context(_changed(dataset, type(dataset), {"image_filenames": kept}))
+        yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils.image import is_image_file
 from torch import Tensor
 
-from ..files import sha256
+from ..files import is_drawing, sha256
 from .reading import UnreadableImageError, load_image
 
 OneClass = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -100,6 +100,7 @@ def list_references(references: References, argument: str = "references") -> lis
             raise FileNotFoundError(msg)
         # Not by anomalib's own listing, which takes no paths with letters outside ASCII.
         files = sorted(filter(is_image_file, path.glob("**/*") if path.is_dir() else [path]))
+        files = [file for file in files if file == path or not is_drawing(file)]
         if not files:
             msg = f"`{argument}`: {path} holds no images. Put normal images there, or pass another folder."
             raise ValueError(msg)

@@ -9,7 +9,7 @@ from anomalib.data.utils import read_image, read_mask
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import SOFTWARE, write_atomically
 
 
 def heatmap_figure(
@@ -41,4 +41,4 @@ def heatmap_figure(
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata={"Software": SOFTWARE}))

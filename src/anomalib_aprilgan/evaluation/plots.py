@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..files import write_atomically
+from ..files import SOFTWARE, write_atomically
 from .cells import DONE, FULL
 from .tables import means_of_seeds, setting_of, settings_in, title_of
 
@@ -137,4 +137,4 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata={"Software": SOFTWARE}))

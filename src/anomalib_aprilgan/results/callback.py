@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from anomalib.data import ImageBatch
-from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -11,7 +10,7 @@ class ResultWriter(Callback):
     """Base of callbacks that write the results of tests and predictions, in the same way for both.
 
     A subclass implements :meth:`write_batch`, and :meth:`start` and :meth:`finish` where it needs them. Batches are
-    post-processed before they come here; see :func:`put_post_processor_first`.
+    post-processed before they come here; see :func:`~anomalib_aprilgan.results.trainer.prepare_trainer`.
     """
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
@@ -26,7 +25,7 @@ class ResultWriter(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Call :meth:`start`."""
-        self.start(trainer, pl_module, _loaders_of(trainer))
+        self.start(trainer, pl_module, loaders_of(trainer))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: ImageBatch, *_: object, **__: object
@@ -37,19 +36,11 @@ class ResultWriter(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Call :meth:`finish`."""
-        self.finish(trainer, pl_module, _loaders_of(trainer))
+        self.finish(trainer, pl_module, loaders_of(trainer))
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
 
-def put_post_processor_first(trainer: Trainer) -> None:
-    """Move anomalib's post-processors to the front of ``trainer.callbacks``, in place; the others keep their order.
-
-    Lightning runs the trainer's callbacks before those of the model, which would let them see raw scores. To be called
-    in ``setup`` of the model: callbacks are complete by then, and no hook is being run over them.
-    """
-    trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PostProcessor))  # type: ignore[attr-defined]
-
-
-def _loaders_of(trainer: Trainer) -> object:
+def loaders_of(trainer: Trainer) -> object:
+    """The loaders of the test or prediction that is running."""
     return trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders

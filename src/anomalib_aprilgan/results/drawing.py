@@ -130,6 +130,7 @@ def _framed(result: Result, grid: Image.Image, panel_height: int, bar_width: int
     pen.text((2 * _MARGIN + chip, middle), score, _INK, font=_font(_SUBTITLE), anchor="lm")
     path = Path(result.name)
     name = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else result.name
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
     while len(name) > 1 and _font(_TEXT).getlength(name) > width - 2 * _MARGIN:
         name = f"…{name[2:]}"  # the end of a path tells more than its beginning
     pen.text((_MARGIN, _HEADER - _MARGIN), name, _FAINT, font=_font(_TEXT), anchor="ls")

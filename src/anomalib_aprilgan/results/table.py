@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,9 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from ..classes import names_of, rows_of
 from ..data.listing import listed_files
 from ..data.reading_hooks import unreadable_files
-from ..files import write_atomically
+from ..files import check_writable, unwritable_named, write_atomically
 from ..running import all_gather_object
-from .callback import ResultWriter
+from .callback import ResultWriter, loaders_of
+
+_UNREADABLE, _UNDECIDED = "unreadable", "undecided"
 
 
 class Row(NamedTuple):
@@ -32,13 +35,20 @@ class Row(NamedTuple):
     label: str
 
 
-class DecisionsWriter(ResultWriter):
-    """Writes ``decisions.csv`` at the end of a prediction or test: a row per image, in the order of the data.
+_HEADER = Row(*Row._fields)
 
-    Columns are ``image_path``, ``class_name``, ``score``, ``decision`` ("good", "anomalous", "unreadable"), and in a
-    test ``label``. The score is the post-processed one, with the digits that give its float back; without a
-    post-processor it is raw and there is no decision. A file that could not be read has no score. The first of several
-    processes writes the rows of all. A prediction that fails leaves an older table as it is. Every :class:`AprilGAN`
+
+class DecisionsWriter(ResultWriter):
+    """Writes ``decisions.csv`` during a prediction or test: a row per image.
+
+    Columns are ``image_path``, ``class_name``, ``score``, ``decision`` ("good", "anomalous", "undecided",
+    "unreadable"), and in a test ``label``; every field is quoted. The score is the post-processed one, with the digits
+    that give its float back; without a post-processor it is raw and there is no decision. A score that is not a number
+    leaves an image undecided. A file that could not be read has no score.
+
+    The table grows batch by batch, so that a run that is ended keeps what it got to; an older table goes with the first
+    batch. When the run ends, the rows come into the order of the data. The first of several processes writes those of
+    all; until then the others have tables of their own beside it, ``decisions.rank1.csv``. Every :class:`AprilGAN`
     brings a writer; another one that the trainer is given takes its place.
 
     Args:
@@ -51,35 +61,52 @@ class DecisionsWriter(ResultWriter):
         self._rows: list[Row] = []
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
-        """Begin a table."""
-        del trainer, pl_module, loaders
+        """Begin a table; an OSError where its folder cannot be written."""
+        del pl_module, loaders
+        check_writable(self._path(trainer).parent)
         self._rows = []
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
-        """Add the rows of a batch."""
-        del trainer
-        self._rows += map(
+        """Add the rows of a batch, and of the files before it that could not be read."""
+        scores = _scores(batch.pred_score, batch.batch_size)
+        rows = map(
             Row,
             batch.image_path or [""] * batch.batch_size,
             _class_names(batch, pl_module),
-            _scores(batch.pred_score, batch.batch_size),
-            _words(batch.pred_label, batch.batch_size),
+            scores,
+            map(_decision, scores, _words(batch.pred_label, batch.batch_size)),
             _words(batch.gt_label, batch.batch_size),
         )
+        self._append(trainer, [*self._new_unreadable(loaders_of(trainer)), *rows])
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
-        """Write the table, with labels in a test, and with the files that could not be read."""
+        """Put the rows of all processes into the order of the data."""
         del pl_module
-        self._rows += [Row(str(path), "", "", "unreadable", "") for path in unreadable_files(loaders)]
+        self._rows += self._new_unreadable(loaders)
         rows = in_order([row for rows in all_gather_object(self._rows) for row in rows], listed_files(loaders))
+        path = self._path(trainer)
         if not trainer.is_global_zero:
+            path.unlink(missing_ok=True)
             return
-        table = pd.DataFrame(rows, columns=Row._fields)
-        columns = Row._fields if trainer.testing else Row._fields[:-1]
-        path = self.path or Path(trainer.default_root_dir) / "decisions.csv"
-        # File names need not be valid Unicode.
-        write_atomically(path, partial(table.to_csv, columns=columns, index=False, mode="wb", errors="surrogateescape"))
+        write_atomically(path, lambda file: file.write(_as_csv(trainer, [_HEADER, *rows])))
         rank_zero_info(f"Decisions on {len(rows)} images: {path}")
+
+    def _append(self, trainer: Trainer, rows: list[Row]) -> None:
+        path = self._path(trainer)
+        if not self._rows:
+            write_atomically(path, lambda file: file.write(_as_csv(trainer, [_HEADER, *rows])))
+        else:
+            with unwritable_named(path), path.open("ab", buffering=0) as file:
+                file.write(_as_csv(trainer, rows))
+        self._rows += rows
+
+    def _new_unreadable(self, loaders: object) -> list[Row]:
+        known = sum(row.decision == _UNREADABLE for row in self._rows)
+        return [Row(str(path), "", "", _UNREADABLE, "") for path in unreadable_files(loaders)[known:]]
+
+    def _path(self, trainer: Trainer) -> Path:
+        path = self.path or Path(trainer.default_root_dir) / "decisions.csv"
+        return path.with_suffix(f".rank{trainer.global_rank}{path.suffix}") if trainer.global_rank else path
 
 
 def in_order(rows: Sequence[Row], files: Sequence[str]) -> list[Row]:
@@ -100,6 +127,10 @@ def _scores(scores: torch.Tensor | None, number: int) -> list[str]:
     return [""] * number if scores is None else [str(score) for score in scores.float().cpu().numpy()]
 
 
+def _decision(score: str, word: str) -> str:
+    return _UNDECIDED if word and not math.isfinite(float(score or "nan")) else word
+
+
 def _words(labels: torch.Tensor | None, number: int) -> list[str]:
     return [""] * number if labels is None else ["anomalous" if label else "good" for label in labels.tolist()]
 
@@ -111,3 +142,10 @@ def _class_names(batch: ImageBatch, pl_module: LightningModule) -> Sequence[str]
         return [known[row] for row in rows_of(pl_module, batch).tolist()]
     named: Sequence[str] | None = getattr(batch, "class_name", None)
     return named or [known[0] if known else ""] * batch.batch_size
+
+
+def _as_csv(trainer: Trainer, rows: Iterable[Row]) -> bytes:
+    columns = len(Row._fields) if trainer.testing else len(Row._fields) - 1  # labels are known in tests alone
+    text = io.StringIO()
+    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(row[:columns] for row in rows)
+    return text.getvalue().encode(errors="surrogateescape")  # file names need not be valid Unicode

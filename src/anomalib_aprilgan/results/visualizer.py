@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from functools import partial
 from os.path import commonpath
@@ -15,13 +16,14 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..classes import rows_of
 from ..data.listing import listed_files
 from ..data.pre_processing import AprilGANPreProcessor
 from ..data.reading import UnreadableImageError, display_image
-from ..files import write_atomically
+from ..files import SOFTWARE, check_writable, fitting_name, write_atomically
 from .callback import ResultWriter
 from .drawing import Result, draw
 
@@ -56,22 +58,27 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         return draw(result, self.max_side)
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
-        """Choose folders for all images of the run."""
+        """Choose folders for all images of the run; an OSError where they cannot be written."""
         del pl_module
+        check_writable(self._folder(trainer))
         self._drawn = 0
         data = getattr(trainer, "datamodule", None) if trainer.testing else None
         name, category = (getattr(data, attribute, None) for attribute in ("name", "category"))
         self._folders = output_folders(listed_files(loaders), name, category)
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
-        """Draw the images of a batch."""
+        """Draw the images of a batch; a drawing that fails is a warning and not the end of the run."""
         for place, row in enumerate(rows_of(pl_module, batch).tolist()):
-            result = self._result_of(batch, place, row, pl_module)
+            name = batch.image_path[place] if batch.image_path else ""
             # The place in the data, as a DistributedSampler deals it.
             number = self._drawn * trainer.world_size + trainer.global_rank
             self._drawn += 1
-            path = self._folder(trainer) / self._file_of(result.name, number)
-            write_atomically(path, partial(self.visualize(result).save, format="PNG", compress_level=1))
+            try:
+                drawing = self.visualize(self._result_of(name, batch, place, row, pl_module))
+                path = self._folder(trainer) / self._file_of(name, number)
+                write_atomically(path, partial(drawing.save, format="PNG", compress_level=1, pnginfo=_marked()))
+            except Exception as error:  # whatever it is: the decisions count
+                warnings.warn(f"There is no drawing of {name or number!r}: {error}", stacklevel=2)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Log where the drawings are."""
@@ -88,22 +95,23 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         source = Path(name)
         folder = self._folders.get(source.parent, Path(source.parent.name))
         # Two images may differ in their suffix alone.
-        return folder / (source.name if source.suffix.lower() == ".png" else f"{source.name}.png")
+        is_png = source.suffix.lower() == ".png"
+        return folder / fitting_name(source.stem if is_png else source.name, source.suffix if is_png else ".png")
 
-    def _result_of(self, batch: ImageBatch, place: int, row: int, pl_module: LightningModule) -> Result:
+    def _result_of(self, name: str, batch: ImageBatch, place: int, row: int, pl_module: LightningModule) -> Result:
         thresholds: list[float | None] = [None, None]
         post_processor = getattr(pl_module, "post_processor", None)
         if isinstance(post_processor, PostProcessor) and post_processor.enable_thresholding:
             both = post_processor.normalized_image_threshold, post_processor.normalized_pixel_threshold
             thresholds = [(values[row] if values.ndim else values).item() for values in both]
         score, label, truth = (_at(values, place) for values in (batch.pred_score, batch.pred_label, batch.gt_label))
-        name = batch.image_path[place] if batch.image_path else ""
+        is_decided = label is not None and score is not None and bool(score.isfinite())
         return Result(
             image=self._image_of(name, cast("Tensor", batch.image)[place], getattr(pl_module, "pre_processor", None)),
             anomaly_map=_at(batch.anomaly_map, place),
             truth=_at(batch.gt_mask, place),
             score=None if score is None else score.item(),
-            is_anomalous=None if label is None else bool(label),
+            is_anomalous=bool(label) if is_decided else None,
             is_labelled_anomalous=None if truth is None else bool(truth),
             image_threshold=thresholds[0],
             pixel_threshold=thresholds[1],
@@ -134,6 +142,12 @@ def output_folders(files: list[str], dataset_name: str | None, category: str | N
         return chosen
     whole = Path(commonpath([folder.absolute() for folder in folders]))
     return {folder: folder.absolute().relative_to(whole) for folder in folders}
+
+
+def _marked() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    return info
 
 
 def _at(values: Tensor | None, place: int) -> Tensor | None:
