@@ -1,0 +1,47 @@
+"""What a model asks of the trainer that runs it: order of callbacks, whole checkpoints, no predictions for nobody."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.post_processing import PostProcessor
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from ..files import write_atomically
+
+
+class WholeCheckpointIO(AnomalibCheckpointIO):
+    """anomalib's, but a checkpoint is written beside its target and then renamed.
+
+    Lightning writes it into the folder for temporary files. Where that is on another file system, the file is copied
+    from there, and a process that is killed meanwhile leaves half of it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:  # noqa: ANN401  # Lightning's signature
+        """Write a checkpoint; an OSError names the path and the remedy where it cannot be written."""
+        if storage_options is not None or "://" in str(path):  # not a local file
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        write_atomically(Path(path), partial(torch.save, checkpoint))
+
+
+def prepare_trainer(trainer: Trainer) -> None:
+    """Have a trainer run post-processors first, write whole checkpoints, and keep no predictions that nobody gets.
+
+    To be called in ``setup`` of the model: callbacks are complete by then, and no hook is being run over them.
+    """
+    # Lightning runs the trainer's callbacks before those of the model, which would let them see raw scores.
+    trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PostProcessor))  # type: ignore[attr-defined]
+    given = trainer.strategy.checkpoint_io
+    if type(given) in {TorchCheckpointIO, AnomalibCheckpointIO}:  # another one is the user's choice
+        trainer.strategy.checkpoint_io = WholeCheckpointIO(getattr(given, "extra_safe_globals", ()))
+    callbacks = vars(trainer)["callbacks"]
+    if any(isinstance(callback, SaveConfigCallback) for callback in callbacks):  # run by a command line
+        trainer.predict_loop.return_predictions = False
