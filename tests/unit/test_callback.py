@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.post_processing import PostProcessor
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from anomalib_aprilgan.classes import names_of, rows_of
-from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.results.callback import ResultWriter
-from anomalib_aprilgan.results.trainer import prepare_trainer
 
 
 class Writer(ResultWriter):
@@ -35,17 +30,6 @@ class Writer(ResultWriter):
     def finish(self, trainer: Any, pl_module: Any, loaders: object) -> None:
         del trainer, pl_module
         self.calls.append(("finish", loaders))
-
-
-def test_post_processors_move_to_the_front_and_the_others_keep_their_order() -> None:
-    others = [Callback(), Writer(), Callback()]
-    ours, theirs, checkpoint = AprilGANPostProcessor(), PostProcessor(), ModelCheckpoint()
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.callbacks[:] = [others[0], ours, others[1], theirs, others[2], checkpoint]
-    callbacks = trainer.callbacks
-    prepare_trainer(trainer)
-    assert trainer.callbacks is callbacks
-    assert callbacks == [ours, theirs, *others, checkpoint]
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])

@@ -123,7 +123,9 @@ def test_all_fields_are_quoted_and_odd_names_come_back(tmp_path: Path) -> None:
     scores = torch.tensor([0.5] * len(names))
     table_of(tmp_path, batch_of(*names, pred_score=scores), module=module_of("nut", rows=[0] * len(names)))
     text = (tmp_path / "decisions.csv").read_bytes()
-    assert text.startswith(b'"image_path","class_name","score","decision","label"\n"line\nbreak.png","nut","0.5","",""\n')
+    assert text.startswith(
+        b'"image_path","class_name","score","decision","label"\n"line\nbreak.png","nut","0.5","",""\n'
+    )
     with (tmp_path / "decisions.csv").open(newline="") as file:
         assert [row["image_path"] for row in csv.DictReader(file)] == names
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from anomalib_aprilgan.data.listing import listed_files
 from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
+from anomalib_aprilgan.data.references import list_references
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.results.drawing import CONTOUR_COLOUR, TRUTH_COLOUR, Result, draw
 from anomalib_aprilgan.results.visualizer import AprilGANVisualizer, output_folders
@@ -325,3 +329,82 @@ def test_it_is_the_default_and_every_run_has_its_folder(tmp_path: Path, april_ga
         (path,) = (tmp_path / run).glob("AprilGAN/latest/images/**/*.png")
         assert path.parts[-2:] == ("parts", "0.png")
         assert Image.open(path).height == TOP + SIDE + 24 + LEFT
+
+
+# -- what must not end a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name in "ab":
+        Image.effect_noise((32, 32), 80).save(folder / f"{name}.png")
+    return folder
+
+
+def engine_of(folder: Path) -> Engine:
+    return Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, logger=False)
+
+
+@pytest.fixture
+def odd_parts(tmp_path: Path) -> list[Path]:
+    """Images under names that are hard to draw, to write or to print."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    names = [b"line\nbreak.png", b"bell\x07.jpg", b"x" * 251 + b".png", b"y" * 251 + b".jpg", b"\xff.png", b"plain.png"]
+    paths = [folder / os.fsdecode(name) for name in names]
+    for path in paths:
+        Image.effect_noise((32, 32), 80).save(path)
+    return paths
+
+
+def test_odd_names_are_drawn_and_decided(tmp_path: Path, odd_parts: list[Path], april_gan: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="There is no drawing")
+        batches = engine_of(tmp_path).predict(april_gan(), data_path=odd_parts[0].parent)
+    assert {name for batch in batches for name in batch.image_path} == set(map(str, odd_parts))
+    (table,) = tmp_path.rglob("decisions.csv")
+    with table.open(newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image_path"] for row in rows} == set(map(str, odd_parts))
+    assert {row["decision"] for row in rows} <= {"good", "anomalous"}
+    drawings = {path.name for path in tmp_path.rglob("images/**/*.png")}
+    assert len(drawings) == len(odd_parts)
+    assert {"line\nbreak.png", "bell\x07.jpg.png", "plain.png"} <= drawings
+
+
+def test_a_drawing_that_fails_is_a_warning_that_names_the_image(
+    tmp_path: Path, parts: Path, april_gan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: AprilGANVisualizer, result: Result) -> Image.Image:
+        if result.name.endswith("a.png"):
+            msg = "no font for this"
+            raise OSError(msg)
+        return draw(result, 64)
+
+    monkeypatch.setattr(AprilGANVisualizer, "visualize", fail)
+    with pytest.warns(UserWarning, match=r"There is no drawing of '.*a\.png': no font for this"):
+        engine_of(tmp_path).predict(april_gan(), data_path=parts)
+    (table,) = tmp_path.rglob("decisions.csv")
+    names = [Path(line.split('"')[1]).name for line in table.read_text().splitlines()[1:]]
+    assert names == sorted(path.name for path in parts.iterdir())
+    assert {path.name for path in tmp_path.rglob("images/**/*.png")} == set(names) - {"a.png"}
+
+
+def test_drawings_of_earlier_runs_are_not_inspected(
+    tmp_path: Path, parts: Path, april_gan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(parts)
+    counts = []
+    for _ in range(2):
+        batches = engine_of(parts / "results").predict(april_gan(), data_path=parts)
+        counts.append(len(batches))
+        drawings = list(parts.rglob("images/**/*.png"))
+        assert drawings
+    assert counts == [2, 2]
+    assert list_references(parts) == sorted(parts.glob("*.png"))
+    # What is asked for by its own path is inspected; a folder of drawings alone is an error.
+    assert len(engine_of(tmp_path / "one").predict(april_gan(), data_path=drawings[0])) == 1
+    with pytest.raises(ValueError, match=r"`data` holds drawings of results alone, such as"):
+        engine_of(tmp_path / "all").predict(april_gan(), data_path=drawings[0].parent)
