@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -37,14 +38,33 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """
     with unwritable_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path.parent)
-        # Of fixed length: the name of the file itself may be as long as names can be.
-        temporary = path.with_name(f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+        temporary = temporary_name(path.parent)
         try:
             yield temporary
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(folder: Path) -> Path:
+    """A new name in a folder, which tells whose it is; what killed processes left there under such names is removed.
+
+    It is short: the name of the file to be may be as long as names can be.
+    """
+    _remove_abandoned(folder)
+    return folder / f".{_host()}-{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in another one, which is created; removed when the block ends, or by a later process."""
+    with unwritable_named(parent):
+        folder = temporary_name(parent)
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -112,4 +132,4 @@ def _remove_abandoned(folder: Path) -> None:
         with suppress(OSError):  # another process was faster, or it is not ours to remove
             here = host == _host() and process.isdecimal()
             if not psutil.pid_exists(int(process)) if here else time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -269,14 +269,14 @@ def test_category_without_anomalous_images_has_no_metrics_rather_than_zero(
 def test_full_disk_keeps_what_is_done(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps go to a device that is always full."""
     config = configure(model={"AprilGAN": OURS}, k_shot=[0, 1], shared_pass=False)
-    build, opened = collecting.tempfile.NamedTemporaryFile, []
+    build, opened = collecting.tempfile.TemporaryFile, []
 
     def second_is_full(**arguments: Any) -> Any:
-        opened.append(arguments)
-        return build(**arguments) if len(opened) == 1 else Path("/dev/full").open("wb", buffering=0)
+        opened.extend([arguments] if arguments["dir"].name == "scratch" else [])
+        return build(**arguments) if len(opened) < 2 else Path("/dev/full").open("wb", buffering=0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collecting.tempfile, "NamedTemporaryFile", second_is_full)
+        patch.setattr(collecting.tempfile, "TemporaryFile", second_is_full)
         with pytest.raises(SystemExit, match=r"(?s)No space left on device.*run the same command again"):
             run(config)
     folder = Path(OmegaConf.load(config).results)

@@ -89,15 +89,14 @@ class TestSameEverywhere:
         """Other hash seed, one thread, the drawing alone: same bytes, and torch is not needed."""
         code = (
             "import sys, types, hashlib\n"
-            "for name in ('anomalib_aprilgan', 'anomalib_aprilgan.demo'):\n"
-            "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = []\n"
-            "sys.modules['anomalib_aprilgan.demo'].__path__ = [sys.argv[1]]\n"
+            "for name, folder in (('anomalib_aprilgan', ''), ('anomalib_aprilgan.demo', '/demo')):\n"
+            "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [sys.argv[1] + folder]\n"
             "from anomalib_aprilgan.demo.drawing import draw_twins\n"
             "assert 'torch' not in sys.modules and 'cv2' not in sys.modules\n"
             "twins = draw_twins('gear', 0, 3, 'crack', 64)\n"
             "print(hashlib.sha256(twins.good.tobytes() + twins.bad.tobytes()).hexdigest()[:16])\n"
         )
-        folder = Path(drawing.__file__).parents[1]
+        folder = Path(drawing.__file__).parents[2]
         result = subprocess.run(
             [sys.executable, "-c", code, str(folder)],
             env={"PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"},

@@ -1,5 +1,6 @@
 """Drawn data on disk: MVTec AD's layout, all or nothing, and the datamodule over it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,12 @@ from PIL import Image
 from anomalib_aprilgan.demo import drawing
 from anomalib_aprilgan.demo.drawing import DEFECTS, draw_good, folder
 from anomalib_aprilgan.demo.inspection import DrawnInspection, write_category
+from anomalib_aprilgan.files import _remove_abandoned, temporary_folder
 
 WRITE = (
     "import sys, types\n"
-    "for name in ('anomalib_aprilgan', 'anomalib_aprilgan.demo'):\n"
-    "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = []\n"
-    "sys.modules['anomalib_aprilgan.demo'].__path__ = [sys.argv[1]]\n"
+    "for name, folder in (('anomalib_aprilgan', ''), ('anomalib_aprilgan.demo', '/demo')):\n"
+    "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [sys.argv[1] + folder]\n"
     "from anomalib_aprilgan.demo.drawing import write_category\n"
     "sys.stdin.readline()\n"
     "print(write_category(sys.argv[2], 'pill', image_size=32, num_train=30, num_test=14))\n"
@@ -111,7 +112,7 @@ class TestFolder:
         assert (write_category(tmp_path, "tile", image_size=32, num_train=2, num_test=1) / "test").is_dir()
 
     def test_two_processes(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-c", WRITE, str(Path(drawing.__file__).parents[1]), str(tmp_path / "new")]
+        command = [sys.executable, "-c", WRITE, str(Path(drawing.__file__).parents[2]), str(tmp_path / "new")]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
         for process in processes:
@@ -221,3 +222,15 @@ class TestDatamodule:
         with pytest.raises(ValueError, match=message):
             DrawnInspection(tmp_path, **change)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_draft_of_a_killed_writer_goes_with_the_next(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    target = write_category(tmp_path, "tile", image_size=32, num_train=1, num_test=1)
+    with temporary_folder(target.parent) as own:
+        draft = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    (draft / "train").mkdir(parents=True)
+    _remove_abandoned.cache_clear()
+    write_category(tmp_path, "nut", image_size=32, num_train=1, num_test=1)
+    assert {path.name for path in target.parent.iterdir()} == {"tile", "nut"}

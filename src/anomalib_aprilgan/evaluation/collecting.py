@@ -46,7 +46,7 @@ class Collection:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._counted is None:
             self._files = [
-                self._stack.enter_context(tempfile.NamedTemporaryFile(dir=self._folder, prefix="maps-"))  # noqa: SIM115  # the stack's
+                self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115  # the stack's
                 for _ in range(self._settings)
             ]
         return self
@@ -101,7 +101,7 @@ class Collection:
             else:
                 masks = torch.cat(self._masks).numpy()
                 self._files[number].flush()
-                maps = np.memmap(self._files[number].name, np.float32, "r", shape=(len(labels), *self._size))
+                maps = np.memmap(self._files[number], np.float32, "r", shape=(len(labels), *self._size))
                 results.append(measure(masks, maps, labels, values))
         return results
 

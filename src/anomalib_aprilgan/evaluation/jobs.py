@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..clip.backbone import ClipBackbone
 from ..data.references import ReferenceSource
-from ..files import write_atomically
+from ..files import temporary_folder, write_atomically
 from .cells import Cell, CellResult, file_stem
 from .collecting import CollectingEvaluator, Collection
 from .provenance import hardware, now, weights_checksum
@@ -49,7 +48,7 @@ class Task:
     maps: Path
     shown: int
 
-    def engine(self, folder: str, *callbacks: Callback, **arguments: Any) -> Engine:  # noqa: ANN401  # Lightning's
+    def engine(self, folder: Path, *callbacks: Callback, **arguments: Any) -> Engine:  # noqa: ANN401  # Lightning's
         """An Engine that leaves nothing behind."""
         return Engine(
             accelerator=self.accelerator,
@@ -123,7 +122,7 @@ class CellJob(BenchmarkJob):
         checksum = weights_checksum(model)
         keep = KeepReferences(cell.k_shot, cell.seed) if cell.k_shot > 0 else None
         with (
-            tempfile.TemporaryDirectory() as folder,
+            temporary_folder(self.task.scratch) as folder,
             Collection(1, self.task.scratch, streaming=self.task.streaming) as collection,
         ):
             evaluator = CollectingEvaluator(collection)
@@ -175,7 +174,7 @@ class SharedPassJob(BenchmarkJob):
         self.datamodule.setup()
         shown = first_defects(self.datamodule, self.task.shown)
         with (
-            tempfile.TemporaryDirectory() as folder,
+            temporary_folder(self.task.scratch) as folder,
             Collection(len(shots), self.task.scratch, streaming=self.task.streaming, shown=list(shown)) as collection,
         ):
             model = SharedPass(shots, **self._arguments)

@@ -1,6 +1,5 @@
 """Drawn pictures on disk, in the layout of MVTec AD."""
 
-import secrets
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...files import temporary_name
 from .catalogue import DEFECTS
 from .draws import Draws
 from .product import check_drawing, draw_good, draw_twins
@@ -153,7 +153,7 @@ def write_category(
     expected = selection.files(category)
     if _is_complete(target, expected):
         return target
-    draft = target.with_name(f".{category}-{secrets.token_hex(8)}")
+    draft = temporary_name(target.parent)
     try:
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(target)
@@ -215,7 +215,7 @@ def _publish(draft: Path, target: Path, expected: set[str]) -> None:
             if not target.is_dir():
                 raise
             # Left incomplete by a crash or a deletion: out of the way with it.
-            leftover = target.with_name(f"{draft.name}-old")
+            leftover = temporary_name(target.parent)
             with suppress(FileNotFoundError):  # another process was faster
                 target.rename(leftover)
             shutil.rmtree(leftover, ignore_errors=True)
