@@ -15,13 +15,15 @@ from .network import SCORERS
 from .network.adapters import LinearAdapters
 from .network.few_shot import FewShotScorer
 from .network.model import AprilGANModel
+from .running import seeded
 from .settings import Settings
 
 
 def build_network(settings: Settings) -> AprilGANModel:
     """The network without its CLIP and without any class."""
     architecture = settings.architecture
-    adapters = LinearAdapters(len(settings.stages), architecture.width, architecture.embed_dim)
+    with seeded(settings.seed):
+        adapters = LinearAdapters(len(settings.stages), architecture.width, architecture.embed_dim)
     adapters.requires_grad_(settings.adapters is None)
     scorer = build_scorer(settings) if settings.k_shot else None
     return AprilGANModel(adapters, settings.stages, scorer, settings.smoothing_sigma)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
+from anomalib.metrics import AUPR, AUROC, Evaluator, F1Max
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
 from .data.pre_processing import AprilGANPreProcessor
+from .results.aupro import AUPRO
 from .results.evaluator import ClassEvaluator
 from .results.visualizer import AprilGANVisualizer
 

@@ -34,6 +34,7 @@ from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, RawPredictions
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, is_ready, note_learned, prepare
 from .provenance import save_adapters
+from .results.metric_inputs import MetricInputs
 from .results.table import DecisionsWriter
 from .results.trainer import prepare_trainer
 from .running import (
@@ -71,7 +72,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         references: Folder or list of reference images; for several classes a mapping from their names to such, or a
             folder with a folder of each name; else drawn from the datamodule's training images.
         memory_stages: Tapped blocks of the memory bank; else those of ``stages``.
-        seed: Seed of the draw of references.
+        seed: Seed of the draw of references and of fresh adapters.
         default_class: Class of images that tell none of several, and of an export; else such images are an error.
         class_aliases: Whether MVTec AD's and VisA's names that are no words (``pcb1``) are replaced by some.
         tile_size: Side in pixels of the overlapping tiles that large images are inspected in, each at ``image_size``;
@@ -156,7 +157,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         )
         self.settings, self.made, self.model = settings, Made(), build_network(settings)
         self.own_fusion = ScoreFusion(score_fusion, top_share)  # where the post-processor is another's
-        self.reading_hooks, self.table = ReadingHooks(), DecisionsWriter()
+        self.reading_hooks, self.table, self.metric_inputs = ReadingHooks(), DecisionsWriter(), MetricInputs()
         self._saw_defect = False
         self._root: Path | None = None  # of the data at hand
 
@@ -178,7 +179,8 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         given = [] if self._trainer is None else vars(self.trainer)["callbacks"]
         tables = [callback for callback in given if isinstance(callback, DecisionsWriter)] or [self.table]
         # A row of the table before the drawing: where there is a drawing, there is a row.
-        return [*tables, *(own if isinstance(own, Sequence) else [own]), self.reading_hooks]
+        own = [*(own if isinstance(own, Sequence) else [own]), self.metric_inputs, self.metric_inputs.after]
+        return [*tables, *own, self.reading_hooks]
 
     def setup(self, stage: str) -> None:
         """Load CLIP; without a trainer, ``setup("predict")`` makes the model ready to be called.
@@ -192,7 +194,8 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         with SETTING_UP:
             attach_clip(self.settings, self.made, self.model, self.device)
         prepare_trainer(self.trainer)
-        own = self.pre_processor, self.post_processor, self.evaluator, self.visualizer, self.table
+        own: list[object] = [self.pre_processor, self.post_processor, self.evaluator, self.visualizer, self.table]
+        own += [self.metric_inputs, self.metric_inputs.after]
         self.reading_hooks.install(self.trainer, stage, own)  # before Lightning starts the loaders' workers
 
     def on_fit_start(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,17 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context in which torch's generator on the CPU starts from a seed; afterwards it is as it was.
+
+    ``torch.manual_seed`` would seed the generators of accelerators too, and they would stay so.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -12,7 +12,7 @@ import torch
 
 from ..conftest import DATASET, SmallClip
 from . import two_ranks
-from .two_ranks import CATEGORIES, K_SHOTS, evaluate
+from .two_ranks import CASES, CATEGORIES, evaluate
 
 
 def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None:
@@ -27,9 +27,11 @@ def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    for number, k_shot in enumerate(K_SHOTS):
-        alone = evaluate({**arguments, "k_shot": k_shot}, str(DATASET), str(tmp_path), devices=1)
-        assert {f"image_AUROC/{name}" for name in CATEGORIES} < alone["metrics"].keys()
+    for number, (k_shot, images) in enumerate(CASES):
+        alone = evaluate(arguments, k_shot, images, str(DATASET), str(tmp_path), devices=1)
+        assert {f"{kind}_AUROC/{name}" for kind in ("image", "val_pixel") for name in CATEGORIES} < alone[
+            "metrics"
+        ].keys()
         assert len(first[number]["banks"]) == (len(CATEGORIES) if k_shot else 0)
         for bank, own in zip(first[number]["banks"], alone["banks"], strict=True):
             assert torch.equal(bank, own)

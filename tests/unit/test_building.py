@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 
@@ -71,3 +72,16 @@ def test_parts_of_the_user_are_taken_as_they_are(april_gan: Build) -> None:
 def test_parts_that_do_not_go_with_other_arguments(april_gan: Build, arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         april_gan(**arguments)
+
+
+def test_fresh_adapters_start_from_the_seed(april_gan: Build) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return april_gan(adapters=None, seed=seed).model.adapters.fc[0].weight
+
+    torch.manual_seed(1)
+    first, state = weights(0), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(weights(0), first)
+    assert not torch.equal(weights(3), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the user's generator is as it was

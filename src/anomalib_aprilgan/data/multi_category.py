@@ -19,6 +19,7 @@ from torch.utils.data import DistributedSampler
 from torchvision.tv_tensors import Image, Mask
 
 from ..network.losses import UNKNOWN
+from ..running import seeded
 from .listing import class_name_of
 from .reading_hooks import read_image, reading_copy
 
@@ -83,8 +84,7 @@ def synthetic_defect(image: Tensor, seed: int) -> tuple[Image, Mask]:
 
     Both depend on the seed in ``[0, 2^63)`` alone; the state of torch's generator is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         changed, mask = PerlinAnomalyGenerator(probability=1.0)(image.as_subclass(Tensor))
     return Image(changed.clamp(0.0, 1.0)), Mask(mask[0].to(torch.uint8))
 

@@ -13,10 +13,10 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
-from anomalib.data import AnomalibDataset, PredictDataset
+from anomalib.data import AnomalibDataModule, AnomalibDataset, PredictDataset
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.tv_tensors import Image
@@ -51,12 +51,16 @@ class ReadingHooks(Callback):
         """
         undo = self._undo.setdefault(trainer, ExitStack())
         undo.callback(_remove_callbacks, trainer, [*own, self])
+        undo.enter_context(_each_image_once(trainer))
         loops = [
             getattr(trainer, f"{TrainerFn(stage).value}_loop"),
             *([trainer.fit_loop.epoch_loop.val_loop] if stage == "fit" else []),
         ]
         for loop in loops:
             source = loop._data_source.instance  # noqa: SLF001  # the only way to loaders before they are iterated
+            if isinstance(source, AnomalibDataModule) and not hasattr(source, "val_data"):
+                # `val_split_mode: none`; the Engine validates all the same, with nothing.
+                undo.enter_context(_changed(source, type(source), {"val_dataloader": list}))
             undo.enter_context(read_rightly(source))
             if stage == "predict":
                 undo.enter_context(leave_out_drawings(source))
@@ -93,6 +97,25 @@ def _remove_callbacks(trainer: Trainer, own: Collection[object]) -> None:
     ids, attributes = {id(callback) for callback in own}, vars(trainer)
     # A new list: Lightning may be going through the old one.
     attributes["callbacks"] = [callback for callback in attributes["callbacks"] if id(callback) not in ids]
+
+
+@contextmanager
+def _each_image_once(trainer: Trainer) -> Iterator[None]:
+    """Let several processes share the images of validations and tests without repeats, as Lightning shares predictions.
+
+    Its sampler for tests repeats images until every process has as many, and they would count twice.
+    """
+    connector = trainer._data_connector  # noqa: SLF001  # the only way to the samplers that Lightning adds
+    resolve, evaluating = connector._resolve_sampler, {RunningStage.VALIDATING, RunningStage.TESTING}  # noqa: SLF001
+
+    def once(loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None) -> object:
+        return resolve(loader, shuffle, RunningStage.PREDICTING if mode in evaluating else mode)
+
+    vars(connector)["_resolve_sampler"] = once
+    try:
+        yield
+    finally:
+        del vars(connector)["_resolve_sampler"]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..data.references import References, list_references, read_reference, references_of_class
+from ..running import seeded
 
 FROM_REFERENCES = "references"
 # Variants of a reference at least: fewer would hardly show how a score wavers.
@@ -145,8 +146,6 @@ def light_variant(image: Tensor, seed: tuple[int, int, int], *, cut: bool = Fals
     if cut:
         shape = (image.shape[-1] / image.shape[-2],) * 2
         changes.insert(0, v2.RandomResizedCrop(image.shape[-2:], (_KEPT, 1.0), shape, v2.InterpolationMode.BICUBIC))
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed the generators of accelerators too.
-        torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    with seeded(int(np.random.SeedSequence(seed).generate_state(1)[0])):
         varied: Tensor = v2.Compose(changes)(image)
     return varied

@@ -173,16 +173,25 @@ class AprilGANPostProcessor(PostProcessor):
             msg = f"`rows` are needed to choose among the classes {self.classes.names}, got None."
             raise ValueError(msg)
         rows = rows if several else None
-        floor, ceiling = torch.zeros_like(self.image_min), torch.ones_like(self.image_min)
-        if self.fuse_map_maximum and anomaly_map is not None:
-            score = self.fusion(score, self.fusion.statistic(anomaly_map), rows)
-            floor, ceiling = self.fusion.range(self.map_ceiling)
-        score, label = self._decide("image", score, floor, ceiling, rows)
+        statistic = self.fusion.statistic(anomaly_map) if self.fuse_map_maximum and anomaly_map is not None else None
+        score, label = self.decide_scores(score, statistic, rows)
         mask = None
         if anomaly_map is not None:
-            floor, ceiling = torch.zeros_like(floor), torch.full_like(floor, self.map_ceiling)
+            floor = torch.zeros_like(self.pixel_min)
+            ceiling = torch.full_like(floor, self.map_ceiling)
             anomaly_map, mask = self._decide("pixel", anomaly_map, floor, ceiling, rows)
         return InferenceBatch(pred_score=score, pred_label=label, anomaly_map=anomaly_map, pred_mask=mask)
+
+    def decide_scores(
+        self, text_probability: Tensor, statistic: Tensor | None, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores ``(B,)`` as they leave here, fused where there is a map statistic ``(B,)``, and their labels."""
+        score, rows = text_probability, rows if len(self.fixed) > 1 else None
+        floor, ceiling = torch.zeros_like(self.image_min), torch.ones_like(self.image_min)
+        if statistic is not None:
+            score = self.fusion(score, statistic, rows)
+            floor, ceiling = self.fusion.range(self.map_ceiling)
+        return self._decide("image", score, floor, ceiling, rows)
 
     def _decide(
         self, level: Level, values: Tensor, floor: Tensor, ceiling: Tensor, rows: Tensor | None
@@ -194,7 +203,8 @@ class AprilGANPostProcessor(PostProcessor):
 
         learned = [self.get_buffer(BUFFERS[f"{level}_{name}"]) for name in ("min", "threshold", "max")]
         on_scale = scaled(values, Bounds(*map(of_images, (*learned, floor, ceiling))))
-        decided = on_scale > of_images(self._cuts(level)) if self.enable_thresholding else None
+        # Not "greater than": what is not a number must not pass for good.
+        decided = ~(on_scale <= of_images(self._cuts(level))) if self.enable_thresholding else None
         return (on_scale if self.enable_normalization else values), decided
 
     def post_process_batch(self, batch: Any, rows: Tensor | None = None) -> None:  # noqa: ANN401  # anomalib's batch

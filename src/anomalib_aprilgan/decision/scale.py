@@ -31,7 +31,8 @@ def scaled(values: Tensor, bounds: Bounds) -> Tensor:
     scale is. One tenth runs linearly from ``floor`` over the threshold to ``ceiling``. So the scale increases strictly
     over the whole possible range, however close the bounds are to each other. It keeps values apart that differ by
     about a millionth of that range, and what is above the threshold stays above 0.5. Values beyond the possible range
-    stay within ``[0, 1]``. A bound on the wrong side of the threshold gives way to the end of the range.
+    stay within ``[0, 1]``, and what is not a number stays so. A bound on the wrong side of the threshold gives way to
+    the end of the range.
     """
     low, threshold, high, floor, ceiling = bounds
     floor, ceiling = torch.minimum(floor, threshold), torch.maximum(ceiling, threshold)
@@ -41,7 +42,7 @@ def scaled(values: Tensor, bounds: Bounds) -> Tensor:
     above = share * _fraction(values, threshold, high) + WHOLE_RANGE_SHARE * _fraction(values, threshold, ceiling)
     # A step so small that it is lost in rounding must not change the decision.
     step = torch.finfo(values.dtype).eps
-    above = torch.where(values > threshold, (0.5 + 0.5 * above).clamp(0.5 + step, 1.0), 0.5)
+    above = torch.where(values <= threshold, 0.5, (0.5 + 0.5 * above).clamp(0.5 + step, 1.0))
     return torch.where(values < threshold, (0.5 * below).clamp(max=0.5 - step), above)
 
 

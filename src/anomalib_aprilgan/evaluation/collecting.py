@@ -109,6 +109,8 @@ class Collection:
 class CollectingEvaluator(Evaluator):
     """Stands where a model has its evaluator, and hands scores and maps on as they come from the post-processor."""
 
+    wants_raw = True  # see results.trainer
+
     def __init__(self, collection: Collection) -> None:
         super().__init__()
         self._collection = collection

@@ -1,8 +1,9 @@
-"""Metrics of a test: for several classes one of each per class, and their mean."""
+"""Metrics of validations and tests: for several classes one of each per class, and their mean."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,23 +11,35 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..classes import names_of, rows_of
+from ..classes import images_of_row, names_of, rows_of
 from ..running import align_metrics, all_gather_object
 
 _GROUND_TRUTH = ("gt_label", "gt_mask")
+_RANKED = {"pred_score", "anomaly_map"}
+
+
+def renew_scores(metrics: Iterable[Any], batches: Sequence[Any]) -> None:
+    """Let metrics of scores and labels begin anew with these batches; those of maps stay as they are."""
+    for metric in metrics:
+        if "pred_score" in metric.fields and set(metric.fields) <= {"pred_score", "gt_label"}:
+            metric.reset()
+            for batch in batches:
+                metric.update(batch)
 
 
 class ClassEvaluator(Evaluator):
-    """anomalib's evaluator, whose test metrics are computed class by class where the model knows several.
+    """anomalib's evaluator, whose metrics are computed class by class where the model knows several.
 
     The metric of a class is logged as ``image_AUROC/nut`` and the mean over the classes as ``image_AUROC``, as
-    benchmarks are averaged: scores of different classes cannot be compared. A class whose images do not define a metric
-    (no defects, no masks) does not count in its mean. Images of all loaders and of all processes count together.
+    benchmarks are averaged: scores of different classes cannot be compared. A metric that needs normal and anomalous
+    images, or pixels, is left out where one kind is missing, and does not count in the mean. Images of all loaders and
+    of all processes count together.
     """
 
-    _by_row: dict[int, list[Any]]  # copies of the test metrics, for every class that occurred
+    _by_row: dict[int, list[Any]]  # copies of the metrics, for every class that occurred
     _truth: set[tuple[int, str, int]]  # row, field and value of the ground truth that occurred
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,10 +51,10 @@ class ClassEvaluator(Evaluator):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: ImageBatch, *_: object
     ) -> None:
         """Update the metrics of the classes in the batch."""
-        del trainer, outputs
+        del outputs
         rows = rows_of(pl_module, batch)
         for row in sorted(set(rows.tolist())):
-            metrics = self._metrics_of_row(row, pl_module.device)
+            metrics = self._metrics_of_row(row, trainer, pl_module.device)
             values = {field: getattr(batch, field, None) for metric in metrics for field in metric.fields}
             part = {field: None if value is None else value[rows == row] for field, value in values.items()}
             for field in _GROUND_TRUTH:
@@ -56,20 +69,23 @@ class ClassEvaluator(Evaluator):
         by_rank = all_gather_object((set(self._by_row), self._truth))
         rows = sorted({row for of_rank, _ in by_rank for row in of_rank})  # in the same order in all processes
         truth = {entry for _, of_rank in by_rank for entry in of_rank}
-        by_row = [self._metrics_of_row(row, pl_module.device) for row in rows]
+        by_row = [self._metrics_of_row(row, trainer, pl_module.device) for row in rows]
         align_metrics(metric for metrics in by_row for metric in metrics)
         logged: dict[str, Tensor] = {}
         for metrics in zip(*by_row, strict=True):
-            name, fields = metrics[0].name, [field for field in _GROUND_TRUTH if field in metrics[0].fields]
             # torchmetrics returns 0 where there is nothing to tell apart.
-            values = {
-                row: metric.compute()
+            exist = {
+                row: metric
                 for row, metric in zip(rows, metrics, strict=True)
                 if metric.update_called
-                and (len(names) <= 1 or all({(row, field, 0), (row, field, 1)} <= truth for field in fields))
+                and all({(row, field, 0), (row, field, 1)} <= truth for field in _compared(metric))
             }
+            values = {row: metric.compute() for row, metric in exist.items()}
+            name = metrics[0].name
             if values:
                 logged[name] = torch.stack(list(values.values())).float().mean()
+            elif any(metric.update_called for metric in metrics):
+                rank_zero_warn(f"{name} does not exist for these images: it needs normal and anomalous ones.")
             if len(names) > 1:
                 logged |= {f"{name}/{names[row]}": value for row, value in values.items()}
         for name, value in logged.items():
@@ -79,7 +95,24 @@ class ClassEvaluator(Evaluator):
                 pl_module.log(name, value, sync_dist=True)
         self._by_row.clear()
 
-    def _metrics_of_row(self, row: int, device: torch.device) -> list[Any]:
+    on_validation_epoch_start = on_test_epoch_start
+    on_validation_batch_end = on_test_batch_end  # type: ignore[assignment]  # anomalib's names the arguments it ignores
+    on_validation_epoch_end = on_test_epoch_end
+
+    def renew_scores(self, batches: Sequence[Any]) -> None:
+        """Let metrics of scores begin anew with batches that have ``rows``; see :func:`renew_scores`."""
+        for row, metrics in self._by_row.items():
+            of_row = [images_of_row(batch, batch.rows, row) for batch in batches if (batch.rows == row).any()]
+            renew_scores(metrics, of_row)
+
+    def _metrics_of_row(self, row: int, trainer: Trainer, device: torch.device) -> list[Any]:
         if row not in self._by_row:
-            self._by_row[row] = list(copy.deepcopy(self.test_metrics).to(device))
+            metrics = self.test_metrics if trainer.testing else self.val_metrics
+            self._by_row[row] = list(copy.deepcopy(metrics).to(device))
         return self._by_row[row]
+
+
+def _compared(metric: Any) -> list[str]:  # noqa: ANN401  # anomalib makes the classes of its metrics at run time
+    """Fields of the ground truth of which a metric needs both kinds."""
+    is_ranked = not _RANKED.isdisjoint(metric.fields)
+    return [field for field in _GROUND_TRUTH if is_ranked and field in metric.fields]

@@ -1,4 +1,4 @@
-"""What a model asks of the trainer that runs it: order of callbacks, whole checkpoints, no predictions for nobody."""
+"""What a model asks of the trainer that runs it: order of callbacks, whole checkpoints, no unwanted predictions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from ..files import write_atomically
+from .metric_inputs import BatchAsBefore, MetricInputs
+
+# What comes before all other callbacks.
+_ORDER = (PostProcessor, MetricInputs, Evaluator, BatchAsBefore)
 
 
 class WholeCheckpointIO(AnomalibCheckpointIO):
@@ -33,15 +38,22 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
 
 
 def prepare_trainer(trainer: Trainer) -> None:
-    """Have a trainer run post-processors first, write whole checkpoints, and keep no predictions that nobody gets.
+    """Have a trainer run post-processors and evaluators first, write whole checkpoints, keep no unwanted predictions.
 
     To be called in ``setup`` of the model: callbacks are complete by then, and no hook is being run over them.
     """
     # Lightning runs the trainer's callbacks before those of the model, which would let them see raw scores.
-    trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PostProcessor))  # type: ignore[attr-defined]
+    trainer.callbacks.sort(key=_place)  # type: ignore[attr-defined]
     given = trainer.strategy.checkpoint_io
     if type(given) in {TorchCheckpointIO, AnomalibCheckpointIO}:  # another one is the user's choice
         trainer.strategy.checkpoint_io = WholeCheckpointIO(getattr(given, "extra_safe_globals", ()))
     callbacks = vars(trainer)["callbacks"]
     if any(isinstance(callback, SaveConfigCallback) for callback in callbacks):  # run by a command line
         trainer.predict_loop.return_predictions = False
+
+
+def _place(callback: Callback) -> int:
+    wants_raw = getattr(callback, "wants_raw", False)
+    return next(
+        (place for place, kind in enumerate(_ORDER) if isinstance(callback, kind) and not wants_raw), len(_ORDER)
+    )
