@@ -60,7 +60,7 @@ class ReadingHooks(Callback):
             source = loop._data_source.instance  # noqa: SLF001  # the only way to loaders before they are iterated
             if isinstance(source, AnomalibDataModule) and not hasattr(source, "val_data"):
                 # `val_split_mode: none`; the Engine validates all the same, with nothing.
-                undo.enter_context(_changed(source, type(source), {"val_dataloader": list}))
+                undo.enter_context(_changed(source, type(source), {"val_dataloader": lambda: []}))
             undo.enter_context(read_rightly(source))
             if stage == "predict":
                 undo.enter_context(leave_out_drawings(source))
