@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor, nn
 
 from .building import build_scorer
@@ -65,6 +66,32 @@ def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: A
     parameters = checkpoint["hyper_parameters"]
     if isinstance(parameters.get("prompts"), str):  # a file that may be gone when the checkpoint is loaded
         parameters["prompts"] = settings.prompts.to_dict()
+
+
+def check_file(path: str | Path) -> None:
+    """Raise an error that names a local file unless it can be read as a checkpoint; its pickle runs no code.
+
+    A missing file is a FileNotFoundError; one that is damaged or something else is a ValueError.
+    """
+    if "://" in str(path):
+        return
+    file = Path(path).expanduser()
+    if not file.is_file():
+        msg = f"`ckpt_path`: no checkpoint file {file}."
+        raise FileNotFoundError(msg)
+    try:
+        with anomalib_safe_globals():
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        msg = (
+            f"`ckpt_path`: {file} ({file.stat().st_size} bytes) cannot be read as a checkpoint: is it complete? "
+            f"The reader says: {reason}"
+        )
+        raise ValueError(msg) from error
+    if not (isinstance(content, dict) and {"state_dict", "pytorch-lightning_version"} <= set(content)):
+        msg = f"`ckpt_path`: {file} is no checkpoint that a trainer wrote. Weights alone are given as `adapters`."
+        raise ValueError(msg)
 
 
 def migrate(checkpoint: MutableMapping[str, Any]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Max
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
+from .checkpoint import check_file
 from .data.pre_processing import AprilGANPreProcessor
 from .results.aupro import AUPRO
 from .results.evaluator import ClassEvaluator
@@ -17,6 +20,14 @@ from .results.visualizer import AprilGANVisualizer
 
 class Components:
     """Mix-in with anomalib's ``configure_*`` methods that need nothing of the model."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: object) -> AnomalibModule:
+        """The model of a checkpoint, and what replaces its arguments; see anomalib's ``load_from_checkpoint``."""
+        check_file(checkpoint_path)
+        parent: Any = super()
+        model: AnomalibModule = parent.load_from_checkpoint(checkpoint_path, **options)
+        return model
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

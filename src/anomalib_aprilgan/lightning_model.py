@@ -25,7 +25,7 @@ from .classes import Classes, rows_of_batch, words_by_name
 from .clip.backbone import VisionOutput
 from .clip.prompts import PromptEnsemble
 from .components import Components, mend_optimizer_of_command_line
-from .data.listing import class_name_of, common_folder, tells_classes
+from .data.listing import DataAtHand, class_name_of, tells_classes
 from .data.reading_hooks import ReadingHooks
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
@@ -158,8 +158,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         self.settings, self.made, self.model = settings, Made(), build_network(settings)
         self.own_fusion = ScoreFusion(score_fusion, top_share)  # where the post-processor is another's
         self.reading_hooks, self.table, self.metric_inputs = ReadingHooks(), DecisionsWriter(), MetricInputs()
-        self._saw_defect = False
-        self._root: Path | None = None  # of the data at hand
+        self._saw_defect, self._data = False, DataAtHand()
 
     @property
     def learning_type(self) -> LearningType:
@@ -226,7 +225,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         precision, context = precision_of(self)
         with SETTING_UP, context:
             loaders = running_loaders(self.trainer) if is_running(self) else None
-            self._root = common_folder(loaders)
+            self._data = DataAtHand.of(loaders, self.pre_processor)
             single = stage == "export" or (stage == "predict" and not is_named and not tells_classes(loaders))
             renewed = prepare(self._workplace(precision), stage, single=single)
             self.to(self.device)
@@ -243,6 +242,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
             post_processor=ours,
             datamodule=datamodule_of(self),
             pre_processor=self.pre_processor,
+            augmentations=self._data.augmentations,
             precision=precision,
             predict=self.predict,
             device=self.device,
@@ -298,7 +298,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         # While predicting, the trainer's datamodule may be the one of an earlier test.
         datamodule = None if self._trainer is None or self.trainer.predicting else datamodule_of(self)
         name = None if datamodule is None else class_name_of(datamodule)
-        return rows_of_batch(self.made.classes, batch, name, self._root)
+        return rows_of_batch(self.made.classes, batch, name, self._data.root)
 
     def training_step(self, batch: ImageBatch) -> Tensor:
         """Focal and dice loss of the adapters on a batch with masks; where there are none, that of the labels."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -63,6 +63,19 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class FullPrecision(nn.Module):
+    """Base of modules whose buffers stay in fp32 where a trainer's precision converts a model (``bf16-true``)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        apply: Any = super()._apply
+        apply(move, recurse)
+        return self
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
 
 from anomalib.data import AnomalibDataModule, AnomalibDataset, PredictDataset
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import Compose, Resize, Transform
 
 
 def entries(data: object) -> Iterator[object]:
@@ -53,6 +56,34 @@ def listed_files(data: object) -> list[str]:
         elif isinstance(parts := getattr(entry, "datasets", None), list):  # ConcatDataset
             files += listed_files(parts)
     return files
+
+
+@dataclass(frozen=True)
+class DataAtHand:
+    """What a run knows of its images: the folder of all, and what they go through before the model's own resize."""
+
+    root: Path | None = None
+    augmentations: Transform | None = None
+
+    @classmethod
+    def of(cls, loaders: object, pre_processor: object) -> DataAtHand:
+        """What loaders tell."""
+        return cls(common_folder(loaders), augmentations_of(loaders, pre_processor))
+
+
+def augmentations_of(loaders: object, pre_processor: object) -> Transform | None:
+    """What the images of loaders go through before the model's own resize, which anomalib puts at the end of it."""
+    resizes = extract_transforms_by_type(getattr(pre_processor, "transform", None), Resize)
+    for entry in entries(loaders):
+        dataset = getattr(entry, "dataset", None)
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        given = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
+        parts = list(given.transforms) if isinstance(given, Compose) else [given]
+        own = [part for part in parts if part is not None and part not in resizes]
+        if own:
+            return Compose(own)
+    return None
 
 
 def common_folder(data: object) -> Path | None:

@@ -20,8 +20,9 @@ from torchvision.tv_tensors import Image, Mask
 
 from ..network.losses import UNKNOWN
 from ..running import seeded
+from .data_sets import read_image, reading_copy
 from .listing import class_name_of
-from .reading_hooks import read_image, reading_copy
+from .pre_processing import fitting_mask
 
 
 @dataclass
@@ -62,8 +63,8 @@ class ClassImageBatch(ImageBatch):
 def mosaic(images: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Four images ``(3, H_i, W_i)`` and masks ``(H_i, W_i)`` pasted into one canvas ``(2 H_0, 2 W_0)``.
 
-    As the authors do it (dataset.py, combine_img): unscaled, at the corners of its four quarters, left to right and top
-    to bottom; later ones overwrite, what sticks out is lost, gaps stay black.
+    As the authors do it (dataset.py, combine_img): unscaled, a mask at the size of its image, at the corners of its
+    four quarters, left to right and top to bottom; later ones overwrite, what sticks out is lost, gaps stay black.
     """
     if len(images) != 4 or len(masks) != 4:
         msg = f"`images` and `masks` must be four each, got {len(images)} and {len(masks)}."
@@ -72,7 +73,8 @@ def mosaic(images: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, T
     image_canvas = images[0].new_zeros(3, 2 * height, 2 * width)
     mask_canvas = masks[0].new_zeros(2 * height, 2 * width)
     corners = ((0, 0), (0, width), (height, 0), (height, width))
-    for (top, left), image, mask in zip(corners, images, masks, strict=True):
+    fitting = [fitting_mask(mask, image) for mask, image in zip(masks, images, strict=True)]
+    for (top, left), image, mask in zip(corners, images, fitting, strict=True):
         bottom, right = top + image.shape[-2], left + image.shape[-1]
         image_canvas[:, top:bottom, left:right] = image[:, : 2 * height - top, : 2 * width - left]
         mask_canvas[top:bottom, left:right] = mask[: 2 * height - top, : 2 * width - left]

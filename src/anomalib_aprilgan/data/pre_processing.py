@@ -164,6 +164,14 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return (resized > 127.5).to(mask.dtype)
 
 
+def fitting_mask(mask: Tensor, image: Tensor) -> Tensor:
+    """A mask ``(h, w)`` at the size of its image ``(..., H, W)``; as it is where it has that size."""
+    if mask.shape[-2:] == image.shape[-2:]:
+        return mask
+    fitting = resize_mask(mask.as_subclass(Tensor), (image.shape[-2], image.shape[-1]))
+    return fitting if type(mask) is Tensor else Mask(fitting)
+
+
 def _resize_eight_bit(pixels: Tensor, size: tuple[int, int], kernel: Callable[[Tensor], Tensor]) -> Tensor:
     if not torch.compiler.is_exporting() and tuple(pixels.shape[-2:]) == tuple(size):
         return pixels

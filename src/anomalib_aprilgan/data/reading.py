@@ -26,7 +26,7 @@ _FULL_16_BIT = 65535
 _FULL_12_BIT = 4095
 _PHOTOMETRIC, _MIN_IS_WHITE = 262, 0  # a tag of TIFF, which Pillow heeds in 8-bit images alone
 # What Pillow's readers raise on broken files.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 # Bounds of the copies for drawings: enough for a batch of 32 at 1024 x 1024 pixels.
 MAX_IMAGES, MAX_BYTES = 64, 2**27
 
@@ -73,7 +73,7 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
                 return _read(path)
     except UnidentifiedImageError as error:
         raise UnreadableImageError.of(path, "no format and pixel type that Pillow knows") from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UnreadableImageError.of(path, getattr(error, "strerror", None) or str(error)) from error
 
 

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
-from functools import cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
-import numpy as np
-from anomalib.data import AnomalibDataModule, AnomalibDataset, PredictDataset
+from anomalib.data import AnomalibDataModule, PredictDataset
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchvision.tv_tensors import Image
+from torchvision.transforms.v2 import Resize
 
 from ..files import is_drawing
+from .data_sets import changed, read_rightly
 from .listing import datasets_in, entries
-from .reading import UnreadableImageError, keep_for_display, load_image, note_image
+from .reading import UnreadableImageError, keep_for_display
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +49,9 @@ class ReadingHooks(Callback):
         undo = self._undo.setdefault(trainer, ExitStack())
         undo.callback(_remove_callbacks, trainer, [*own, self])
         undo.enter_context(_each_image_once(trainer))
+        pre_processor = getattr(trainer.lightning_module, "pre_processor", None)
+        tiled = getattr(pre_processor, "tiled", False)
+        resize = next(iter(extract_transforms_by_type(getattr(pre_processor, "transform", None), Resize)), None)
         loops = [
             getattr(trainer, f"{TrainerFn(stage).value}_loop"),
             *([trainer.fit_loop.epoch_loop.val_loop] if stage == "fit" else []),
@@ -60,8 +60,8 @@ class ReadingHooks(Callback):
             source = loop._data_source.instance  # noqa: SLF001  # the only way to loaders before they are iterated
             if isinstance(source, AnomalibDataModule) and not hasattr(source, "val_data"):
                 # `val_split_mode: none`; the Engine validates all the same, with nothing.
-                undo.enter_context(_changed(source, type(source), {"val_dataloader": lambda: []}))
-            undo.enter_context(read_rightly(source))
+                undo.enter_context(changed(source, type(source), {"val_dataloader": _no_loaders}))
+            undo.enter_context(read_rightly(source, None if stage == "fit" else resize, of_one_size=tiled))
             if stage == "predict":
                 undo.enter_context(leave_out_drawings(source))
                 undo.enter_context(skip_unreadable(source))
@@ -93,6 +93,10 @@ class ReadingHooks(Callback):
         self.restore(trainer)
 
 
+def _no_loaders() -> list[object]:
+    return []
+
+
 def _remove_callbacks(trainer: Trainer, own: Collection[object]) -> None:
     ids, attributes = {id(callback) for callback in own}, vars(trainer)
     # A new list: Lightning may be going through the old one.
@@ -119,28 +123,6 @@ def _each_image_once(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def read_rightly(data: object) -> Iterator[None]:
-    """Let the data sets in ``data`` read their images with :func:`load_image` for as long as the context lasts.
-
-    Each instance gets a subclass of its class, in which anomalib's own ``__getitem__`` finds ours under the name
-    ``read_image``; data sets that read in another way go on so. Masks are read by anomalib, as they are stored:
-    annotation tools draw them on the image as it is shown. Loaders must not be iterated yet, datamodules be set up.
-    """
-    with ExitStack() as undo:
-        for dataset in datasets_in(data):
-            cls: Any = type(dataset)
-            undo.enter_context(_changed(dataset, _reading_class(cls), {}))
-        yield
-
-
-def reading_copy(dataset: AnomalibDataset) -> AnomalibDataset:
-    """A copy that reads its images with :func:`load_image`."""
-    twin = copy(dataset)
-    twin.__class__ = _reading_class(type(dataset))
-    return twin
-
-
-@contextmanager
 def leave_out_drawings(loaders: object) -> Iterator[None]:
     """Let anomalib's ``PredictDataset``s of a folder leave out drawings of earlier results, while the context lasts.
 
@@ -155,7 +137,7 @@ def leave_out_drawings(loaders: object) -> Iterator[None]:
                     raise ValueError(msg)
                 if len(kept) < len(files):
                     logger.info("Left out %s drawings of earlier results.", len(files) - len(kept))
-                    undo.enter_context(_changed(dataset, type(dataset), {"image_filenames": kept}))
+                    undo.enter_context(changed(dataset, type(dataset), {"image_filenames": kept}))
         yield
 
 
@@ -172,7 +154,7 @@ def skip_unreadable(loaders: object) -> Iterator[None]:
                 undo.enter_context(read_rightly(loader))
                 tolerant = _Tolerant(loader.dataset, loader.collate_fn)
                 parts = {"dataset": tolerant, "collate_fn": tolerant.collate_readable, "unreadable": []}
-                undo.enter_context(_changed(loader, SkippingLoader, parts))
+                undo.enter_context(changed(loader, SkippingLoader, parts))
         yield
 
 
@@ -227,48 +209,3 @@ class _Tolerant(Subset[Any]):
 
 def _whole(dataset: object) -> object:
     return _whole(dataset.dataset) if isinstance(dataset, Subset) else dataset
-
-
-@contextmanager
-def _changed(thing: object, cls: type, attributes: Mapping[str, object]) -> Iterator[None]:
-    before, values = type(thing), vars(thing)
-    replaced = {name: values[name] for name in attributes if name in values}
-    thing.__class__ = cls
-    values.update(attributes)  # past DataLoader's own check
-    try:
-        yield
-    finally:
-        thing.__class__ = before
-        for name in attributes:
-            del values[name]
-        values.update(replaced)
-
-
-@cache
-def _reading_class(cls: type) -> type:
-    """Subclass that reads as here; ``cls`` itself where that is done already, or where it reads in its own way."""
-    method = getattr(cls, "__getitem__", None)
-    if not isinstance(method, FunctionType) or "read_image" not in method.__code__.co_names:
-        return cls
-    if method.__globals__["read_image"] is read_image:
-        return cls
-    names = {**method.__globals__, "read_image": read_image}
-    getitem = FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
-    getitem.__kwdefaults__ = method.__kwdefaults__
-    # anomalib takes the name of a data set from its class.
-    members: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__getitem__": getitem}
-    members["__reduce__"] = lambda self: (_restored, (cls,), self.__dict__)
-    return type(cls.__name__, (cls,), members)
-
-
-def _restored(cls: type) -> object:
-    """An empty instance of the reading subclass of ``cls``, for pickle: a class made at run time has no address."""
-    return object.__new__(_reading_class(cls))
-
-
-def read_image(path: str | Path, as_tensor: bool = False) -> Tensor | np.ndarray[Any, Any]:
-    """Stands in for anomalib's ``read_image``, with its arguments; tells the drawings what was read."""
-    image = load_image(path)
-    note_image(str(path), image)
-    read: Tensor | np.ndarray[Any, Any] = Image(image) if as_tensor else image.permute(1, 2, 0).numpy()
-    return read

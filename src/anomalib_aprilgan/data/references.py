@@ -12,8 +12,11 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils.image import is_image_file
 from torch import Tensor
+from torchvision.transforms.v2 import Transform
+from torchvision.tv_tensors import Image
 
 from ..files import is_drawing, sha256
+from ..running import seeded
 from .reading import UnreadableImageError, load_image
 
 OneClass = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -124,10 +127,19 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
     return [files[index] for index in order[:k_shot].tolist()]
 
 
-def read_reference(file: Path, argument: str = "references") -> Tensor:
-    """One reference image ``(1, 3, H, W)``, read by :func:`load_image`, whose error then names the argument."""
+def read_reference(
+    file: Path, argument: str = "references", augmentations: Transform | None = None, seed: int = 0
+) -> Tensor:
+    """One reference image ``(1, 3, H, W)``, read by :func:`load_image`, whose error then names the argument.
+
+    It goes through what the images under inspection go through; random ``augmentations`` start from the seed.
+    """
     try:
-        return load_image(file).unsqueeze(0)
+        image = load_image(file)
     except UnreadableImageError as error:
         msg = f"`{argument}`: {error}"
         raise UnreadableImageError(msg, error.path) from error
+    if augmentations is not None:
+        with seeded(seed):
+            image = augmentations(Image(image)).as_subclass(Tensor).clamp(0.0, 1.0)
+    return image.unsqueeze(0)

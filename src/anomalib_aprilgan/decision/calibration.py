@@ -14,7 +14,7 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..data.references import References, list_references, read_reference, references_of_class
+from ..data.references import References, list_references, references_of_class
 from ..running import seeded
 
 FROM_REFERENCES = "references"
@@ -102,23 +102,28 @@ class Calibration:
             raise ValueError(msg)
         return files
 
-    def thresholds(self, files: Sequence[Path], tiles: Callable[[Tensor], int], score: Score) -> Thresholds:
+    def thresholds(
+        self, files: Sequence[Path], read: Callable[[Path, str], Tensor], tiles: Callable[[Tensor], int], score: Score
+    ) -> Thresholds:
         """Score these normal images and cut at the requested share.
 
-        ``tiles`` tells how many remembered images a reference ``(1, 3, H, W)`` has become.
+        ``read`` gives the image ``(1, 3, H, W)`` of a file, and names an argument in its errors. ``tiles`` tells how
+        many remembered images such an image has become.
         """
         if self.from_references:
-            scores = self._of_references(files, tiles, score)
+            scores = self._of_references([read(file, FROM_REFERENCES) for file in files], tiles, score)
         else:
-            scores = [score(read_reference(file, "calibration"), ()) for file in files]
-        images, pixels = (torch.stack(values).cpu().double().numpy() for values in zip(*scores, strict=True))
+            scores = [score(read(file, "calibration"), ()) for file in files]
+        # In double precision on the host: not every accelerator has it.
+        images, pixels = (
+            torch.stack(values).float().cpu().numpy().astype(np.float64) for values in zip(*scores, strict=True)
+        )
         share = [1.0 - self.false_positive_rate]
         return Thresholds(float(hdquantiles(images, share)[0]), float(hdquantiles(pixels, share)[0]))
 
     def _of_references(
-        self, files: Sequence[Path], tiles: Callable[[Tensor], int], score: Score
+        self, images: Sequence[Tensor], tiles: Callable[[Tensor], int], score: Score
     ) -> list[tuple[Tensor, Tensor]]:
-        images = [read_reference(file) for file in files]
         ends = np.cumsum([tiles(image) for image in images]).tolist()
         number = max(_LEAST_VARIANTS, math.ceil((self.least + 1) / len(images)))
         scores = []

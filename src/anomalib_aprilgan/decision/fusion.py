@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..running import FullPrecision
 
 # From text probability and map statistic, both ``(B,)`` and the latter scaled by its bounds, to the score ``(B,)``.
 # A fusion must not decrease in either of them.
@@ -30,7 +32,7 @@ def map_statistic(anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
     return pixels.topk(max(1, round(top_share * pixels.shape[1])), dim=1).values.mean(dim=1)
 
 
-class ScoreFusion(nn.Module):
+class ScoreFusion(FullPrecision):
     """Fuses scores by class, with the bounds between which the map statistic is scaled.
 
     The authors take the bounds from all test images of a class. Here they are buffers, learned in validation or from

@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from ..classes import Classes, images_of_row, rows_of
-from ..running import align_metrics
+from ..running import FullPrecision, align_metrics
 from .fusion import ScoreFusion
 from .learning import RowLearner
 from .scale import Bounds, scaled
@@ -24,7 +24,7 @@ from .values import BUFFERS, ClassValues
 Level = Literal["image", "pixel"]
 
 
-class AprilGANPostProcessor(PostProcessor):
+class AprilGANPostProcessor(FullPrecision, PostProcessor):
     """anomalib's post-processor with the fusion of few-shot scores, a strictly increasing scale, and rows.
 
     Bounds and thresholds are buffers with a row for each class, which checkpoints and exports carry. Until anything

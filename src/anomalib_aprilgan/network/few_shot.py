@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..clip.architecture import ClipArchitecture
 from ..clip.backbone import VisionOutput
+from ..running import FullPrecision
 
 
-class RememberedImages(nn.Module):
+class RememberedImages(FullPrecision):
     """Features of the references of one class; empty for none."""
 
     def __init__(self) -> None:

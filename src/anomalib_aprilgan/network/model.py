@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -56,6 +56,13 @@ class AprilGANModel(nn.Module):
         self.register_buffer("text_features", torch.empty(0))
         self.text_features: Tensor
         self._backbone: ClipBackbone | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AprilGANModel:
+        features = self.text_features
+        apply: Any = super()._apply
+        apply(fn, recurse)
+        self.text_features = features.to(self.text_features.device)  # in fp32 also where a model is converted
+        return self
 
     @property
     def backbone(self) -> ClipBackbone:

@@ -6,11 +6,12 @@ import logging
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..clip.backbone import VisionOutput
-from ..data.references import content_digests, read_reference
+from ..data.references import content_digests
 from ..decision.calibration import Calibration
 from ..network.model import RawPredictions
 from ..recipe import Recipe, digest_of_tensors
@@ -55,7 +56,13 @@ def calibrate(place: Workplace, calibration: Calibration, row: int) -> None:
     if post_processor is None:
         return
     name = made.classes.names[row]
-    settled = {"bounds": recipes.bounds, "rate": calibration.false_positive_rate, "seed": calibration.seed}
+    settled: dict[str, Any] = {
+        "bounds": recipes.bounds,
+        "rate": calibration.false_positive_rate,
+        "seed": calibration.seed,
+    }
+    if place.augmentations is not None:
+        settled["augmentations"] = str(place.augmentations)
     try:
         files = calibration.files_of(name, made.classes.names, recipes.references)
     except (FileNotFoundError, ValueError):
@@ -74,7 +81,7 @@ def calibrate(place: Workplace, calibration: Calibration, row: int) -> None:
         return fused[0], raw.anomaly_map.amax()
 
     post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
-    found = calibration.thresholds(files, lambda image: len(tiles_of(place, image)), score)
+    found = calibration.thresholds(files, place.read, lambda image: len(tiles_of(place, image)), score)
     post_processor.of_class(row).set_values(image_threshold=found.image, pixel_threshold=found.pixel)
     recipes.calibration = wanted
     logger.info(
@@ -118,7 +125,7 @@ def _held_out(place: Workplace, row: int, outputs: Sequence[VisionOutput]) -> li
         return []
     found, start = [], 0
     for number, file in enumerate(files):
-        image = read_reference(file).to(place.device)
+        image = place.read(file).to(place.device)
         end = start + len(tiles_of(place, image))
         found.append(place.predict(image, place.row(row), range(start, end), outputs[number] if outputs else None))
         start = end

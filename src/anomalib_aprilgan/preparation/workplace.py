@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from anomalib.data import AnomalibDataModule
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Transform
 
 from ..classes import Classes
 from ..clip.backbone import VisionOutput
+from ..data.references import read_reference
 from ..decision.fusion import ScoreFusion
 from ..decision.post_processing import AprilGANPostProcessor
 from ..network.model import AprilGANModel, RawPredictions
@@ -57,6 +60,7 @@ class Workplace:
     post_processor: AprilGANPostProcessor | None
     datamodule: AnomalibDataModule | None
     pre_processor: nn.Module | None
+    augmentations: Transform | None
     precision: str
     predict: Callable[[Tensor, Tensor | None, Collection[int], VisionOutput | None], RawPredictions]
     device: torch.device
@@ -65,6 +69,10 @@ class Workplace:
     def fusion(self) -> ScoreFusion:
         """The fusion of the scores."""
         return self.own_fusion if self.post_processor is None else self.post_processor.fusion
+
+    def read(self, file: Path, argument: str = "references") -> Tensor:
+        """A normal image ``(1, 3, H, W)`` that has gone through what the images under inspection go through."""
+        return read_reference(file, argument, self.augmentations, self.settings.seed)
 
     def row(self, row: int) -> Tensor:
         """A row as a batch of one image carries it."""

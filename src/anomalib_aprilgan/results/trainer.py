@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from ..checkpoint import check_file
 from ..files import write_atomically
 from .metric_inputs import BatchAsBefore, MetricInputs
 
@@ -29,7 +32,14 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
     from there, and a process that is killed meanwhile leaves half of it.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:  # noqa: ANN401  # Lightning's signature
+    def load_checkpoint(self, path: _PATH, *args: object, **kwargs: object) -> dict[str, Any]:
+        """Read a checkpoint; a ValueError names the file where it is damaged or something else."""
+        check_file(path)
+        parent: Any = super()
+        content: dict[str, Any] = parent.load_checkpoint(path, *args, **kwargs)
+        return content
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: object = None) -> None:
         """Write a checkpoint; an OSError names the path and the remedy where it cannot be written."""
         if storage_options is not None or "://" in str(path):  # not a local file
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -47,6 +57,7 @@ def prepare_trainer(trainer: Trainer) -> None:
     given = trainer.strategy.checkpoint_io
     if type(given) in {TorchCheckpointIO, AnomalibCheckpointIO}:  # another one is the user's choice
         trainer.strategy.checkpoint_io = WholeCheckpointIO(getattr(given, "extra_safe_globals", ()))
+    _link_latest(trainer)
     callbacks = vars(trainer)["callbacks"]
     if any(isinstance(callback, SaveConfigCallback) for callback in callbacks):  # run by a command line
         trainer.predict_loop.return_predictions = False
@@ -57,3 +68,18 @@ def _place(callback: Callback) -> int:
     return next(
         (place for place, kind in enumerate(_ORDER) if isinstance(callback, kind) and not wants_raw), len(_ORDER)
     )
+
+
+def _link_latest(trainer: Trainer) -> None:
+    """Give results without a training a version of their own, to which ``latest`` is a link, as to a training's.
+
+    anomalib's Engine writes them into a folder ``latest``, and the next training fails to put its link there.
+    """
+    root = Path(trainer.default_root_dir)
+    if trainer.is_global_zero and root.name == "latest" and not root.is_symlink():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        version = next(path for number in count() if not (path := root.with_name(f"v{number}")).exists())
+        with suppress(OSError):  # a system without links: as it was
+            root.rename(version) if root.is_dir() else version.mkdir()
+            root.symlink_to(version.name, target_is_directory=True)
+    trainer.strategy.barrier()
