@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image
 
-from .listing import datasets_in, entries
+from .listing import datasets_in, entries, listed_files
 from .pre_processing import fitting_mask
-from .reading import BROKEN, UnreadableImageError, load_image, note_image
+from .reading import BROKEN, UnreadableImageError, load_image, note_image, raise_if_out_of_memory
 
 T = TypeVar("T")
 
@@ -87,8 +87,11 @@ def _reading_class(cls: type) -> type:
     inherited: Any = getattr(cls, "collate_fn", None)
 
     def getitem(self: object, index: int) -> object:
-        item = read(self, index)
-        return vars(self).get("finish", _finished)(item)
+        try:
+            return vars(self).get("finish", _finished)(read(self, index))
+        except (MemoryError, RuntimeError) as error:
+            raise_if_out_of_memory(error, Path(listed_files(self)[index]))
+            raise
 
     def collate_fn(self: object) -> Callable[..., Any]:
         collate: Callable[..., Any] = inherited.__get__(self)
@@ -132,7 +135,7 @@ def _finished(item: ImageItem, resize: Transform | None = None) -> ImageItem:
     return item
 
 
-def _collate_one_size(collate: Callable[[Sequence[ImageItem]], T], items: Sequence[ImageItem]) -> T:
+def _collate_one_size(collate: Callable[[Any], T], items: Sequence[ImageItem]) -> T:
     sizes = {tuple(item.image.shape[-2:]) for item in items if item.image is not None}
     if len(sizes) > 1:
         msg = (

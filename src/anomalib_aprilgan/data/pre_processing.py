@@ -19,6 +19,10 @@ from ..running import full_precision
 # CLIP's own statistics (open_clip.constants.OPENAI_DATASET_MEAN / _STD).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Numbers of an image that are resized together.
+_PIXELS_AT_ONCE = 2**23
+# Weights of taps, up to a factor, from their distances and the length that is one to the kernel.
+Kernel = Callable[[Tensor, float], Tensor]
 # How far values may lie outside [0, 1]: as far as rounding to 8 bits covers up, or as bicubic augmentations shoot over.
 _HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 
@@ -154,13 +158,16 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     filter matrices are one arithmetic for data loading, ``forward`` and export, within one 8-bit step of Pillow (from
     Pillow 13 on: of its two passes in this order). The result is float32 in ``[0, 1]``.
     """
-    pixels = image.float() if image.dtype == torch.uint8 else (image * 255.0).float()
-    return _resize_eight_bit(_to_eight_bit(pixels), size, _bicubic) / 255.0
+
+    def eight_bit(part: Tensor) -> Tensor:
+        return _to_eight_bit(part.float() if part.dtype == torch.uint8 else (part * 255.0).float())
+
+    return _resize_eight_bit(image, eight_bit, size, _bicubic) / 255.0
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear antialiased resize of a mask ``(..., H, W)``, set where above 0, to 0 and 1, cut at 0.5 (dataset.py)."""
-    resized = _resize_eight_bit((mask > 0).float() * 255.0, size, lambda x: (1.0 - x).clamp(min=0.0))
+    resized = _resize_eight_bit(mask, lambda part: (part > 0).float() * 255.0, size, _bilinear)
     return (resized > 127.5).to(mask.dtype)
 
 
@@ -172,12 +179,21 @@ def fitting_mask(mask: Tensor, image: Tensor) -> Tensor:
     return fitting if type(mask) is Tensor else Mask(fitting)
 
 
-def _resize_eight_bit(pixels: Tensor, size: tuple[int, int], kernel: Callable[[Tensor], Tensor]) -> Tensor:
-    if not torch.compiler.is_exporting() and tuple(pixels.shape[-2:]) == tuple(size):
-        return pixels
-    rows = _filter_matrix(pixels.shape[-2], size[0], kernel, pixels.device)
-    columns = _filter_matrix(pixels.shape[-1], size[1], kernel, pixels.device)
-    return _to_eight_bit(rows @ _to_eight_bit(pixels @ columns.T))
+def _resize_eight_bit(
+    image: Tensor, eight_bit: Callable[[Tensor], Tensor], size: tuple[int, int], kernel: Kernel
+) -> Tensor:
+    """Pixels in steps of 8 bits, 0 to 255; ``eight_bit`` makes such of any part of the image."""
+    height, width = image.shape[-2:]
+    if not torch.compiler.is_exporting() and (height, width) == tuple(size):
+        return eight_bit(image)
+    rows = _filter_matrix(height, size[0], kernel, image.device)
+    columns = _filter_matrix(width, size[1], kernel, image.device)
+    if torch.compiler.is_exporting() or image.numel() <= _PIXELS_AT_ONCE:
+        return _to_eight_bit(rows @ _to_eight_bit(eight_bit(image) @ columns.T))
+    # Not all of a large image as floats at once.
+    strips = torch.split(image, max(1, _PIXELS_AT_ONCE * height // image.numel()), dim=-2)
+    narrow = torch.cat([_to_eight_bit(eight_bit(strip) @ columns.T) for strip in strips], dim=-2)
+    return _to_eight_bit(rows @ narrow)
 
 
 def _to_eight_bit(pixels: Tensor) -> Tensor:
@@ -185,18 +201,25 @@ def _to_eight_bit(pixels: Tensor) -> Tensor:
     return (pixels.clamp(0.0, 255.0) + 0.5).floor()
 
 
-def _filter_matrix(length: int, target: int, kernel: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+def _filter_matrix(length: int, target: int, kernel: Kernel, device: torch.device) -> Tensor:
     # Rows sum to one. The kernel widens with the reduction, and taps outside the image are left out (Resample.c).
-    maker = device if torch.compiler.is_exporting() else torch.device("cpu")  # not every accelerator has float64
-    scale = length / target
-    widening: Any = torch.sym_max(scale, 1.0)  # symbolic in an export
-    centres = (torch.arange(target, device=maker, dtype=torch.float64) + 0.5) * scale
-    taps = torch.arange(length, device=maker, dtype=torch.float64) + 0.5
-    weights = kernel((taps[None, :] - centres[:, None]).abs() / widening)
-    return (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
+    # Between the centre of a target pixel and that of a tap lie so many 2 * target-ths of a pixel, a whole number:
+    # fp32 alone would lose it in the positions of large images, and not every device has float64.
+    maker = device if torch.compiler.is_exporting() else torch.device("cpu")
+    centres = (2 * torch.arange(target, device=maker) + 1) * length
+    taps = (2 * torch.arange(length, device=maker) + 1) * target
+    widest: Any = torch.sym_max(length, target)  # symbolic in an export
+    weights = kernel((taps[None, :] - centres[:, None]).abs().float(), 2.0 * widest)
+    return (weights / weights.sum(dim=1, keepdim=True)).to(device)
 
 
-def _bicubic(x: Tensor) -> Tensor:
+def _bilinear(distance: Tensor, unit: float) -> Tensor:
+    # Whole numbers, so that a pixel that is half covered is neither more nor less.
+    return (unit - distance).clamp(min=0.0)
+
+
+def _bicubic(distance: Tensor, unit: float) -> Tensor:
+    x = distance / unit
     # Keys' kernel with a = -0.5, the antialiasing choice of Pillow and torch.
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.transforms.v2.functional import to_dtype
 
-MAX_PIXELS = 2**29  # 23170 x 23170, 6.4 GB as float32; Pillow stops at a third of it, line-scan images do not
+# Images of more pixels are not decoded, unless the variable says another number. To read and resize one of so many
+# takes 6 GB, 19 bytes a pixel. Pillow stops at less, which line-scan images exceed.
+MAX_PIXELS = 300_000_000  # 17320 x 17320
+MAX_PIXELS_VARIABLE = "ANOMALIB_APRILGAN_MAX_PIXELS"
 _FULL_16_BIT = 65535
 _FULL_12_BIT = 4095
 _PHOTOMETRIC, _MIN_IS_WHITE = 262, 0  # a tag of TIFF, which Pillow heeds in 8-bit images alone
@@ -62,19 +65,43 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
     - EXIF orientation: applied; ``H`` and ``W`` are those of the turned image.
     - Several pages: the first.
 
-    A file that is missing, broken, no image, or of more than ``MAX_PIXELS`` pixels is an UnreadableImageError.
+    A file that is missing, broken, no image, of more than ``MAX_PIXELS`` pixels, or too large for the memory is an
+    UnreadableImageError. The environment variable ``ANOMALIB_APRILGAN_MAX_PIXELS`` sets another number of pixels.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UnreadableImageError.of(path, "no regular file")  # a pipe would be waited for
+    most = max_pixels()
     try:
         try:
-            return _read(path)
-        except Image.DecompressionBombError:
+            return _read(path, most)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             with _without_limit():
-                return _read(path)
+                return _read(path, most)
     except UnidentifiedImageError as error:
         raise UnreadableImageError.of(path, "no format and pixel type that Pillow knows") from error
     except BROKEN as error:
         raise UnreadableImageError.of(path, getattr(error, "strerror", None) or str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        raise_if_out_of_memory(error, path)
+        raise
+
+
+def raise_if_out_of_memory(error: BaseException, path: Path) -> None:
+    """Raise an UnreadableImageError for a file that is too large for the memory; torch's error is a RuntimeError."""
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        raise UnreadableImageError.of(path, "there is not enough memory for it; cut it into pieces") from error
+
+
+def max_pixels() -> int:
+    """Most pixels of an image; a ValueError where the environment says no number from 1 up."""
+    given = os.environ.get(MAX_PIXELS_VARIABLE)
+    if given is None:
+        return MAX_PIXELS
+    if not given.isdecimal() or int(given) < 1:
+        msg = f"`{MAX_PIXELS_VARIABLE}` must be a number of pixels from 1 up, such as {MAX_PIXELS}, got {given!r}."
+        raise ValueError(msg)
+    return int(given)
 
 
 @contextmanager
@@ -87,10 +114,13 @@ def _without_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path, most: int) -> Tensor:
     with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            msg = f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels; cut it into pieces"
+        if image.width * image.height > most:
+            msg = (
+                f"{image.width} x {image.height} is more than {most} pixels; cut it into pieces, or set "
+                f"{MAX_PIXELS_VARIABLE}"
+            )
             raise ValueError(msg)
         ImageOps.exif_transpose(image, in_place=True)
         return _to_tensor(image)
@@ -114,8 +144,10 @@ def _to_tensor(image: Image.Image) -> Tensor:
         opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
         opaque.alpha_composite(image.convert("RGBA"))
         image = opaque
-    # anomalib's own conversion, so that plain images keep their values to the last bit.
-    loaded: Tensor = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True).as_subclass(Tensor)
+    pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    loaded = torch.empty(3, *pixels.shape[:2])
+    for channel, plane in enumerate(loaded):  # no second copy as floats
+        plane.copy_(pixels[..., channel]).mul_(1.0 / 255.0)
     return loaded
 
 

@@ -127,19 +127,22 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
     return [files[index] for index in order[:k_shot].tolist()]
 
 
-def read_reference(
-    file: Path, argument: str = "references", augmentations: Transform | None = None, seed: int = 0
-) -> Tensor:
-    """One reference image ``(1, 3, H, W)``, read by :func:`load_image`, whose error then names the argument.
-
-    It goes through what the images under inspection go through; random ``augmentations`` start from the seed.
-    """
+def read_reference(file: Path, argument: str = "references") -> Tensor:
+    """One reference image ``(1, 3, H, W)``, read by :func:`load_image`, whose error then names the argument."""
     try:
-        image = load_image(file)
+        return load_image(file).unsqueeze(0)
     except UnreadableImageError as error:
         msg = f"`{argument}`: {error}"
         raise UnreadableImageError(msg, error.path) from error
-    if augmentations is not None:
-        with seeded(seed):
-            image = augmentations(Image(image)).as_subclass(Tensor).clamp(0.0, 1.0)
-    return image.unsqueeze(0)
+
+
+def augmented(image: Tensor, augmentations: Transform | None, seed: int) -> Tensor:
+    """An image ``(1, 3, H, W)`` in ``[0, 1]`` after what the images under inspection go through, if anything.
+
+    Random augmentations start from the seed.
+    """
+    if augmentations is None:
+        return image
+    with seeded(seed):
+        changed: Tensor = augmentations(Image(image[0])).as_subclass(Tensor)
+    return changed.clamp(0.0, 1.0).unsqueeze(0)

@@ -14,7 +14,7 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..data.references import References, list_references, references_of_class
+from ..data.references import References, list_references, read_reference, references_of_class
 from ..running import seeded
 
 FROM_REFERENCES = "references"
@@ -103,17 +103,23 @@ class Calibration:
         return files
 
     def thresholds(
-        self, files: Sequence[Path], read: Callable[[Path, str], Tensor], tiles: Callable[[Tensor], int], score: Score
+        self,
+        files: Sequence[Path],
+        tiles: Callable[[Tensor], int],
+        score: Score,
+        augment: Callable[[Tensor], Tensor] = lambda image: image,
     ) -> Thresholds:
         """Score these normal images and cut at the requested share.
 
-        ``read`` gives the image ``(1, 3, H, W)`` of a file, and names an argument in its errors. ``tiles`` tells how
-        many remembered images such an image has become.
+        ``tiles`` tells how many remembered images a reference ``(1, 3, H, W)`` has become; ``augment`` does with an
+        image what is done with those under inspection.
         """
+        argument = "references" if self.from_references else "calibration"
+        normals = (augment(read_reference(file, argument)) for file in files)
         if self.from_references:
-            scores = self._of_references([read(file, FROM_REFERENCES) for file in files], tiles, score)
+            scores = self._of_references(list(normals), tiles, score)
         else:
-            scores = [score(read(file, "calibration"), ()) for file in files]
+            scores = [score(image, ()) for image in normals]
         # In double precision on the host: not every accelerator has it.
         images, pixels = (
             torch.stack(values).float().cpu().numpy().astype(np.float64) for values in zip(*scores, strict=True)

@@ -142,8 +142,8 @@ def tile_positions(height: int, width: int, tile_size: int, tile_overlap: float)
 
 
 def blend_window(length: int) -> Tensor:
-    """Weights ``(length,)`` along a side of a tile, float64 in ``(0, 1]``: a symmetric triangle, nowhere zero."""
-    centres = torch.arange(length, dtype=torch.float64) + 0.5
+    """Weights ``(length,)`` along a side of a tile, in ``(0, 1]``: a symmetric triangle, nowhere zero."""
+    centres = torch.arange(length) + 0.5
     return torch.minimum(centres, length - centres) * 2.0 / length
 
 
@@ -175,7 +175,7 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
 
 def _axis_weights(length: int, tile: int, starts: Sequence[int], device: torch.device | None) -> dict[int, Tensor]:
     """Weights ``(tile,)`` by start, which sum to one at every place of an axis; the product of two axes is a tile's."""
-    window, total = blend_window(tile), torch.zeros(length, dtype=torch.float64)
+    window, total = blend_window(tile), torch.zeros(length)
     for start in starts:
         total[start : start + tile] += window
-    return {start: (window / total[start : start + tile]).to(device, torch.float32) for start in starts}
+    return {start: (window / total[start : start + tile]).to(device) for start in starts}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..clip.backbone import VisionOutput
-from ..data.references import content_digests
+from ..data.references import content_digests, read_reference
 from ..decision.calibration import Calibration
 from ..network.model import RawPredictions
 from ..recipe import Recipe, digest_of_tensors
@@ -81,7 +81,7 @@ def calibrate(place: Workplace, calibration: Calibration, row: int) -> None:
         return fused[0], raw.anomaly_map.amax()
 
     post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
-    found = calibration.thresholds(files, place.read, lambda image: len(tiles_of(place, image)), score)
+    found = calibration.thresholds(files, lambda image: len(tiles_of(place, image)), score, place.augmented)
     post_processor.of_class(row).set_values(image_threshold=found.image, pixel_threshold=found.pixel)
     recipes.calibration = wanted
     logger.info(
@@ -125,7 +125,7 @@ def _held_out(place: Workplace, row: int, outputs: Sequence[VisionOutput]) -> li
         return []
     found, start = [], 0
     for number, file in enumerate(files):
-        image = place.read(file).to(place.device)
+        image = place.augmented(read_reference(file)).to(place.device)
         end = start + len(tiles_of(place, image))
         found.append(place.predict(image, place.row(row), range(start, end), outputs[number] if outputs else None))
         start = end

@@ -13,7 +13,7 @@ from ..clip.backbone import VisionOutput, load_clip
 from ..clip.prompts import ALIASES
 from ..data.listing import class_name_of
 from ..data.pre_processing import describe, prepared
-from ..data.references import ReferenceSource, content_digests, references_of_class
+from ..data.references import ReferenceSource, content_digests, read_reference, references_of_class
 from ..files import sha256
 from ..network.model import AprilGANModel
 from ..provenance import adapter_path, check_shapes, load_resolved_adapters, resolve_adapters
@@ -137,7 +137,8 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
     wanted = _bank_recipe(place, content_digests(files))
     outputs: list[VisionOutput] = []
     if recipes.bank is None or not scorer.number(row) or not recipes.bank.agrees(wanted):
-        images = torch.cat([prepared(place.pre_processor, tiles_of(place, place.read(file))) for file in files])
+        given = (place.augmented(read_reference(file)) for file in files)
+        images = torch.cat([prepared(place.pre_processor, tiles_of(place, image)) for image in given])
         outputs = [network.encode(image) for image in torch.split(images, 1)]
         scorer.fill(row, images, VisionOutput.cat(outputs))
         if recipes.bounds is not None and not recipes.bounds.ingredients:

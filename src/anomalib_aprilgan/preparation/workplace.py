@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -13,7 +12,7 @@ from torchvision.transforms.v2 import Transform
 
 from ..classes import Classes
 from ..clip.backbone import VisionOutput
-from ..data.references import read_reference
+from ..data.references import augmented
 from ..decision.fusion import ScoreFusion
 from ..decision.post_processing import AprilGANPostProcessor
 from ..network.model import AprilGANModel, RawPredictions
@@ -50,7 +49,8 @@ class Workplace:
     """What the functions here work on.
 
     ``post_processor`` is ``None`` for one that is not ours; ``own_fusion`` then fuses the scores. ``precision`` names
-    that in which images are encoded. ``predict`` is :meth:`AprilGAN.predict`.
+    that in which images are encoded. ``augmentations`` are what the images under inspection go through, and normal ones
+    with them. ``predict`` is :meth:`AprilGAN.predict`.
     """
 
     settings: Settings
@@ -70,9 +70,9 @@ class Workplace:
         """The fusion of the scores."""
         return self.own_fusion if self.post_processor is None else self.post_processor.fusion
 
-    def read(self, file: Path, argument: str = "references") -> Tensor:
-        """A normal image ``(1, 3, H, W)`` that has gone through what the images under inspection go through."""
-        return read_reference(file, argument, self.augmentations, self.settings.seed)
+    def augmented(self, image: Tensor) -> Tensor:
+        """A normal image ``(1, 3, H, W)`` after what the images under inspection go through."""
+        return augmented(image, self.augmentations, self.settings.seed)
 
     def row(self, row: int) -> Tensor:
         """A row as a batch of one image carries it."""

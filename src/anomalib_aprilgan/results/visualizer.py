@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..classes import rows_of
-from ..data.listing import listed_files
+from ..data.listing import augmentations_of, listed_files
 from ..data.pre_processing import AprilGANPreProcessor
 from ..data.reading import UnreadableImageError, display_image
 from ..files import SOFTWARE, check_writable, fitting_name, write_atomically
@@ -52,6 +52,7 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         self.max_side = max_side
         self._folders: dict[Path, Path] = {}
         self._drawn = 0
+        self._is_augmented = False
 
     def visualize(self, result: Result) -> Image.Image:
         """The drawing of one result."""
@@ -59,8 +60,9 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Choose folders for all images of the run; an OSError where they cannot be written."""
-        del pl_module
         check_writable(self._folder(trainer))
+        pre_processor = getattr(pl_module, "pre_processor", None)
+        self._is_augmented = augmentations_of(loaders, pre_processor) is not None
         self._drawn = 0
         data = getattr(trainer, "datamodule", None) if trainer.testing else None
         name, category = (getattr(data, attribute, None) for attribute in ("name", "category"))
@@ -119,13 +121,17 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         )
 
     def _image_of(self, name: str, image: Tensor, pre_processor: object) -> Tensor:
-        """The image as it was before pre-processing: from its file, or else from the batch."""
+        """The image as it was before pre-processing: from its file, or else from the batch.
+
+        Where the data change it (a crop), its file would not fit the map.
+        """
         image = image.as_subclass(Tensor)
         own = pre_processor if isinstance(pre_processor, AprilGANPreProcessor) else None
         if own is not None and own.tiled:
             return image  # as it was read, and maybe too large to be read twice
         with suppress(UnreadableImageError):  # a name alone, or a file that is gone
-            return display_image(name, self.max_side)
+            if not self._is_augmented:
+                return display_image(name, self.max_side)
         return image if own is None else image * own.std.to(image.device) + own.mean.to(image.device)
 
 
