@@ -43,8 +43,9 @@ def read_rightly(data: object, resize: Transform | None = None, *, of_one_size: 
     with ExitStack() as undo:
         for dataset in datasets_in(data):
             cls: Any = type(dataset)
-            ours = {"finish": partial(_finished, resize=resize), "of_one_size": of_one_size}
-            undo.enter_context(changed(dataset, _reading_class(cls), ours))
+            if "finish" not in vars(dataset):  # not for a run already
+                ours = {"finish": partial(_finished, resize=resize), "of_one_size": of_one_size}
+                undo.enter_context(changed(dataset, _reading_class(cls), ours))
         for loader in entries(data):
             if of_one_size and isinstance(loader, DataLoader):
                 checked = {"collate_fn": partial(_collate_one_size, loader.collate_fn)}
