@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
 from torch import nn
 
+from .checks import check_kind
 from .clip.weights import image_statistics
 from .data.pre_processing import CLIP_MEAN, CLIP_STD, AprilGANPreProcessor
 from .decision.post_processing import AprilGANPostProcessor
@@ -37,6 +41,7 @@ def build_scorer(settings: Settings) -> FewShotScorer:
 
 def build_pre_processor(settings: Settings, given: nn.Module | bool) -> nn.Module | bool:
     """The pre-processor to use; a ValueError where the user's does not go with tiles."""
+    check_kind("pre_processor", given, nn.Module, "a pre-processor")
     tiled = settings.tile_size is not None
     if given is True:
         mean, std = image_statistics(settings.architecture.name, settings.pretrained) or (CLIP_MEAN, CLIP_STD)
@@ -49,6 +54,7 @@ def build_pre_processor(settings: Settings, given: nn.Module | bool) -> nn.Modul
 
 def build_post_processor(settings: Settings, given: nn.Module | bool) -> nn.Module | bool:
     """The post-processor to use; a ValueError where the user's does not go with other arguments."""
+    check_kind("post_processor", given, nn.Module, "a post-processor")
     if given is True:
         return AprilGANPostProcessor(top_share=settings.top_share, score_fusion=settings.score_fusion)
     ours = isinstance(given, AprilGANPostProcessor)
@@ -65,6 +71,17 @@ def build_post_processor(settings: Settings, given: nn.Module | bool) -> nn.Modu
                 msg = f"`post_processor` and `{argument}` do not go together: pass {own}."
                 raise ValueError(msg)
     return given
+
+
+def build_results(
+    evaluator: Evaluator | bool | Literal["anomalib"], visualizer: Visualizer | bool
+) -> tuple[Evaluator | bool, Visualizer | bool]:
+    """Evaluator and visualizer to use; a TypeError where they are something else."""
+    check_kind("visualizer", visualizer, Visualizer, "a Visualizer")
+    if isinstance(evaluator, str) and evaluator == "anomalib":
+        return AnomalibModule.configure_evaluator(), visualizer
+    check_kind("evaluator", evaluator, Evaluator, "an Evaluator, 'anomalib'")
+    return evaluator, visualizer
 
 
 def of_one_class(model: Any) -> Any:  # noqa: ANN401  # an AprilGAN, whose module is a layer above

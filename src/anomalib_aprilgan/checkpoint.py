@@ -13,11 +13,13 @@ from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor, nn
 
 from .building import build_scorer
+from .checks import check_entries
 from .classes import Classes
 from .clip.prompts import PromptEnsemble
 from .data.references import content_digests
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
+from .files import is_file
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
@@ -38,6 +40,23 @@ _EARLIER_SETTINGS = {
 }
 # What memory banks and the bounds of the fused score rest on, and nothing else.
 _OF_REFERENCES = {"neighbourhood", "top_share", "few_shot", "score_fusion"}
+# What the entries of a checkpoint are, and of one of its rows.
+_ENTRIES: dict[str, Any] = {
+    "format": int,
+    "classes": [[str]],
+    "rows": [dict],
+    "clip": (str, None),
+    "settings": dict,
+    "prompts": dict,
+    "provenance": dict,
+    "has_trained": bool,
+}
+_RECIPE = ({str: {str: str}}, None)
+_ENTRIES_OF_ROW: dict[str, Any] = {
+    **dict.fromkeys(("text", "bank", "bounds", "calibration"), _RECIPE),
+    "asked": str,
+    "references": [str],
+}
 # Names of tensors in 0.1.0 and now.
 _RENAMED = {
     r"model\.memory_banks\.(\d+)\.tokens": r"model.few_shot.remembered.\1.features",
@@ -76,7 +95,7 @@ def check_file(path: str | Path) -> None:
     if "://" in str(path):
         return
     file = Path(path).expanduser()
-    if not file.is_file():
+    if not is_file(file):
         msg = f"`ckpt_path`: no checkpoint file {file}."
         raise FileNotFoundError(msg)
     try:
@@ -118,6 +137,7 @@ def check(checkpoint: MutableMapping[str, Any], settings: Settings, network: Apr
     """
     migrate(checkpoint)
     content, state_dict = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
+    _check_content(content, state_dict, network)
     recorded = content["clip"]
     if network.has_backbone and recorded is not None and not network.backbone.matches(recorded):
         msg = (
@@ -134,6 +154,30 @@ def check(checkpoint: MutableMapping[str, Any], settings: Settings, network: Apr
     prefix = "model.adapters."
     adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     check_shapes(adapters, network.adapters.state_dict(), "the checkpoint")
+
+
+def _check_content(content: Mapping[str, Any], tensors: Mapping[str, Any], network: AprilGANModel) -> None:
+    """Raise a ValueError that names what does not fit together, or is not a number."""
+    check_entries("ckpt_path", content, _ENTRIES)
+    for entry in content["rows"]:
+        check_entries("ckpt_path", entry, _ENTRIES_OF_ROW)
+    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor) or not value.isfinite().all()]
+    if wrong:
+        msg = f"`ckpt_path` must hold finite tensors, got others, NaN or infinity in {', '.join(wrong[:5])}."
+        raise ValueError(msg)
+    number, width = len(content["classes"]), network.adapters.fc[0].out_features
+    per_class = [name for name in tensors if name.startswith(("post_processor.", "own_fusion."))]
+    found = {name: len(tensors[name]) if tensors[name].ndim else None for name in per_class}
+    features = tensors.get("model.text_features")
+    expected = (number, width, 2)
+    if features is None or (number and tuple(features.shape) != expected):
+        shape = None if features is None else tuple(features.shape)
+        msg = f"`ckpt_path`: model.text_features must be {expected} for the classes of the checkpoint, got {shape}."
+        raise ValueError(msg)
+    unlike = [name for name, length in found.items() if length != max(number, 1)]
+    if unlike or len(content["rows"]) != number or any(len(pair) != 2 for pair in content["classes"]):
+        msg = f"`ckpt_path` must hold a row for each of {number} classes; {', '.join(unlike[:5]) or 'rows'} has others."
+        raise ValueError(msg)
 
 
 def restore(

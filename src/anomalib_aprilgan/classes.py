@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_list, check_text, shown
+
 _FIELDS = ("pred_score", "anomaly_map", "gt_label", "gt_mask")
 
 
@@ -96,9 +98,18 @@ class Classes:
 
 def words_by_name(class_name: Mapping[str, str] | Sequence[str] | None) -> dict[str, str] | None:
     """Words of the classes by name, from what a user gives; a ValueError for none, or the same name or words twice."""
-    if class_name is None or isinstance(class_name, str):
-        return None if class_name is None else {class_name: class_name}
-    words = dict(class_name) if isinstance(class_name, Mapping) else {name: name for name in class_name}
+    if class_name is None:
+        return None
+    what = "words for the object, a list of names, or a mapping from names to words"
+    if isinstance(class_name, str):
+        class_name = [class_name]
+    given = class_name if isinstance(class_name, Mapping) else check_list("class_name", class_name, what)
+    pairs = given.items() if isinstance(given, Mapping) else [(name, name) for name in given]
+    words = {check_text("class_name", name, what): check_text("class_name", one, what) for name, one in pairs}
+    for name in [*words, *words.values()]:
+        if not name.isprintable():
+            msg = f"`class_name` must be {what}, without line breaks or control characters, got {shown(name)}."
+            raise ValueError(msg)
     if not words:
         msg = "`class_name` must name at least one class, got none."
         raise ValueError(msg)
@@ -110,7 +121,7 @@ def words_by_name(class_name: Mapping[str, str] | Sequence[str] | None) -> dict[
         if len(same) > 1:
             msg = f"`class_name` has the same words {one!r} for {' and '.join(same)}. Give each its own."
             raise ValueError(msg)
-    return {str(name): str(one) for name, one in words.items()}
+    return words
 
 
 def class_of_file(path: str, known: Sequence[str], root: Path | None) -> str:

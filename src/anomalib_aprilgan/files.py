@@ -115,6 +115,14 @@ def is_drawing(path: Path) -> bool:
     return beginning.startswith(b"\x89PNG") and b"tEXtSoftware\0" + SOFTWARE.encode() in beginning
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; also where the name is one that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long; a NUL
+        return False
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:

@@ -20,7 +20,7 @@ from torch.optim import Adam
 
 from . import checkpoint as checkpoints
 from . import training
-from .building import build_network, build_post_processor, build_pre_processor, of_one_class
+from .building import build_network, build_post_processor, build_pre_processor, build_results, of_one_class
 from .classes import Classes, rows_of_batch, words_by_name
 from .clip.backbone import VisionOutput
 from .clip.prompts import PromptEnsemble
@@ -46,7 +46,7 @@ from .running import (
     precision_of,
     running_loaders,
 )
-from .settings import Settings, architecture_of, height_and_width, plain_paths
+from .settings import Settings, architecture_of, height_and_width, numbers_of, plain_paths, source_of
 
 
 class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
@@ -134,12 +134,13 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         visualizer: Visualizer | bool = True,
     ) -> None:
         # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
-        backbone, pretrained, adapters = str(backbone), str(pretrained), None if adapters is None else str(adapters)
-        image_size = (
-            image_size if isinstance(image_size, int) and aspect_ratio is not None else height_and_width(image_size)
-        )
-        stages, memory_stages = tuple(stages), None if memory_stages is None else tuple(memory_stages)
-        references, calibration = plain_paths(references), plain_paths(calibration)
+        backbone, pretrained = source_of("backbone", backbone), source_of("pretrained", pretrained)
+        adapters = None if adapters is None else source_of("adapters", adapters)
+        if aspect_ratio is None or not isinstance(image_size, int):
+            image_size = height_and_width(image_size)
+        stages = numbers_of("stages", stages)
+        memory_stages = None if memory_stages is None else numbers_of("memory_stages", memory_stages)
+        references, calibration = plain_paths("references", references), plain_paths("calibration", calibration)
         architecture = architecture_of(backbone, quick_gelu, image_size, aspect_ratio, tile_size)
         tapped = architecture.check_stages(stages)
         settings = Settings(
@@ -152,8 +153,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         super().__init__(
             build_pre_processor(settings, pre_processor),
             build_post_processor(settings, post_processor),
-            AnomalibModule.configure_evaluator() if evaluator == "anomalib" else evaluator,
-            visualizer,
+            *build_results(evaluator, visualizer),
         )
         self.settings, self.made, self.model = settings, Made(), build_network(settings)
         self.own_fusion = ScoreFusion(score_fusion, top_share)  # where the post-processor is another's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .checks import check_entries, shown
 from .clip.architecture import BUILT_IN_CLIPS, ClipArchitecture
 from .clip.backbone import ClipBackbone
 from .clip.state_dict import read_state_dict
 from .clip.weights import AUTHORS_ADAPTERS, authors_adapters
-from .files import write_atomically
+from .files import is_file, write_atomically
 
 # The mapping in the authors' files (train.py).
 AUTHORS_KEY = "trainable_linearlayer"
@@ -27,6 +28,17 @@ METADATA_KEY = "anomalib_aprilgan"
 # The CLIP that the authors' adapters were trained for; its name comes with and without QuickGELU.
 AUTHORS_BACKBONES = ("ViT-L-14-336", "ViT-L-14-336-quickgelu")
 AUTHORS_STAGES = (6, 12, 18, 24)
+
+# What the entries of a provenance are.
+_ENTRIES: dict[str, Any] = {
+    "trained_on": {str: [str]},
+    "backbone": (str, None),
+    "fingerprint": (str, None),
+    "stages": ([int], None),
+    "quick_gelu": (bool, None),
+    "image_size": ([int], None),
+    "versions": {str: str},
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,9 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Provenance:
-        """From what :meth:`to_dict` returned; keys of later versions are left out."""
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
+        """From what :meth:`to_dict` returned; keys of later versions are left out. A ValueError names a wrong entry."""
+        check_entries("provenance", content, {name: of_entry for name, of_entry in _ENTRIES.items() if name in content})
+        return cls(**{key: content[key] for key in _ENTRIES if key in content})
 
     @classmethod
     def of_training(
@@ -182,7 +194,14 @@ def resolve_adapters(adapters: str, datamodule: AnomalibDataModule | None, archi
 
 def adapter_path(source: str) -> Path:
     """File of what :func:`resolve_adapters` returned; the authors' are fetched where they are missing."""
-    return authors_adapters(source) if source in AUTHORS_ADAPTERS else Path(source).expanduser()
+    if source in AUTHORS_ADAPTERS:
+        return authors_adapters(source)
+    path = Path(source).expanduser()
+    if not is_file(path):
+        known = ", ".join(["auto", *AUTHORS_ADAPTERS])
+        msg = f"`adapters`: no weight file {shown(str(path))}. Pass an existing file, or one of {known}."
+        raise FileNotFoundError(msg)
+    return path
 
 
 def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:
@@ -219,7 +238,15 @@ def _read_provenance(path: Path) -> Provenance:
         return Provenance()
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    return Provenance.from_dict(json.loads(metadata[METADATA_KEY])) if METADATA_KEY in metadata else Provenance()
+    if METADATA_KEY not in metadata:
+        return Provenance()
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        check_entries("provenance", content, {})
+        return Provenance.from_dict(content)
+    except (ValueError, RecursionError) as error:
+        msg = f"`adapters`: {path} says wrongly what they were trained on: {error}"
+        raise ValueError(msg) from error
 
 
 def datasets_of(datamodule: AnomalibDataModule | None) -> dict[str, list[str]]:

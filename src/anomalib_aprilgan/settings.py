@@ -7,16 +7,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .checks import SEED_LIMIT, check_bool, check_choice, check_int, check_list, check_number, check_text, shown
 from .clip.architecture import ClipArchitecture
 from .clip.prompts import PromptEnsemble
 from .data.pre_processing import aspect_size
 from .data.references import OneClass, References
 from .decision.calibration import Calibration
-from .decision.fusion import FUSIONS
+from .decision.fusion import FUSIONS, check_top_share
 from .network import SCORERS
 from .network.scoring import smoothing_radius
 from .network.tiling import check_tiles
 
+# Longest side of the model's image: attention over all patches of a larger one fits into no memory.
+MAX_SIDE = 4096
+_LEAST_TILE, _MOST_OVERLAP = 16, 0.9
 PlainPaths = dict[str, str | list[str]] | list[str] | str
 
 
@@ -48,28 +52,31 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise if arguments are out of range or do not go together."""
+        check_int("seed", self.seed, 0, SEED_LIMIT - 1)
+        check_bool("class_aliases", self.class_aliases)
+        check_choice("few_shot", self.few_shot, SCORERS)
+        check_choice("score_fusion", self.score_fusion, FUSIONS)
+        check_top_share(self.top_share)
         _check_maps(self.smoothing_sigma, self.neighbourhood, self.architecture.image_size)
         if self.tile_size is not None:
-            check_tiles(self.tile_size, self.tile_overlap)
-        for argument, given, known in (
-            ("few_shot", self.few_shot, SCORERS),
-            ("score_fusion", self.score_fusion, FUSIONS),
-        ):
-            if given not in known:
-                msg = f"`{argument}` must be one of {', '.join(known)}, got {given!r}."
-                raise ValueError(msg)
+            check_int("tile_size", self.tile_size, _LEAST_TILE, hint=" pixels")
+        check_tiles(self.tile_size or _LEAST_TILE, self.tile_overlap)
+        if self.tile_overlap > _MOST_OVERLAP:
+            msg = f"`tile_overlap` must be at most {_MOST_OVERLAP}, or tiles are without end, got {self.tile_overlap}."
+            raise ValueError(msg)
+        Calibration([] if self.calibration is None else self.calibration, self.false_positive_rate)
         self._check_references()
         for words in (self.words or {}).values():
             self.prompts.sentences(words)  # raises if they are empty
-        if self.default_class is not None and self.default_class not in (self.words or {}):
-            names, given = None if self.words is None else list(self.words), self.default_class
-            msg = f"`default_class` must be one of the classes in `class_name` ({names}), got {given!r}."
-            raise ValueError(msg)
+        if self.default_class is not None:
+            check_text("default_class", self.default_class, "the name of a class")
+            if self.default_class not in (self.words or {}):
+                names, given = None if self.words is None else list(self.words), self.default_class
+                msg = f"`default_class` must be one of the classes in `class_name` ({names}), got {shown(given)}."
+                raise ValueError(msg)
 
     def _check_references(self) -> None:
-        if self.k_shot < 0:
-            msg = f"`k_shot` must be 0 (zero-shot) or more, got {self.k_shot}."
-            raise ValueError(msg)
+        check_int("k_shot", self.k_shot, 0, hint=" (0 for zero-shot)")
         if self.references is not None and not self.k_shot:
             msg = "`references` are given but `k_shot` is 0. Set `k_shot` to the number of them to use."
             raise ValueError(msg)
@@ -97,6 +104,8 @@ def architecture_of(
     tile_size: int | None,
 ) -> ClipArchitecture:
     """The CLIP that the arguments ask for, at its image size; see :meth:`ClipArchitecture.load`."""
+    if quick_gelu is not None:
+        check_bool("quick_gelu", quick_gelu)
     size = height_and_width(image_size)
     if aspect_ratio is not None:
         size = _size_of_shape(image_size, aspect_ratio, tile_size, backbone)
@@ -104,25 +113,46 @@ def architecture_of(
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width in pixels, of a square or as they are; a ValueError for other than one or two sides."""
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    """Height and width in pixels, of a square or as they are; an error for other than one or two sides."""
+    if isinstance(image_size, int):
+        sides: list[object] = [image_size, image_size]
+    else:
+        sides = check_list("image_size", image_size, "one side, or height and width, in pixels")
     if len(sides) != 2:
-        msg = f"`image_size` must be one side, or height and width, got {sides}."
+        msg = f"`image_size` must be one side, or height and width, got {shown(tuple(sides))}."
         raise ValueError(msg)
-    return sides[0], sides[1]
+    height, width = (check_int("image_size", side, 1, MAX_SIDE, " pixels") for side in sides)
+    return height, width
 
 
-def plain_paths(paths: References | None) -> PlainPaths | None:
-    """Paths as a checkpoint can hold them: as text."""
+def source_of(argument: str, value: object) -> str:
+    """A name or path as plain text."""
+    return check_text(argument, value, "a name or a path")
+
+
+def numbers_of(argument: str, value: object) -> tuple[int, ...]:
+    """Blocks as a tuple; :meth:`ClipArchitecture.check_stages` says which there are."""
+    return tuple(check_int(argument, entry, 1) for entry in check_list(argument, value, "a list of blocks"))
+
+
+def plain_paths(argument: str, paths: References | None) -> PlainPaths | None:
+    """Paths as a checkpoint can hold them: as text; an error for empty ones, which would mean the working folder."""
     if paths is None:
         return None
     if isinstance(paths, Mapping):
-        return {str(name): _plain(given) for name, given in paths.items()}
-    return _plain(paths)
+        if not paths:
+            msg = f"`{argument}` must have an entry for every class, got none."
+            raise ValueError(msg)
+        what = "the name of a class"
+        return {check_text(argument, name, what): _plain(argument, given) for name, given in paths.items()}
+    return _plain(argument, paths)
 
 
-def _plain(paths: OneClass) -> str | list[str]:
-    return str(paths) if isinstance(paths, (str, os.PathLike)) else [str(path) for path in paths]
+def _plain(argument: str, paths: OneClass) -> str | list[str]:
+    what = "a folder or a list of image files"
+    if isinstance(paths, (str, os.PathLike)):
+        return check_text(argument, paths, what)
+    return [check_text(argument, path, what) for path in check_list(argument, paths, what)]
 
 
 def _size_of_shape(
@@ -135,16 +165,18 @@ def _size_of_shape(
     if tile_size is not None:
         msg = "`aspect_ratio` is the shape of whole images, and tiles are squares: give it or `tile_size`."
         raise ValueError(msg)
-    if not 0.0 < aspect_ratio < math.inf:
-        msg = f"`aspect_ratio` must be the images' width / height, above 0, got {aspect_ratio}."
+    expected = "the images' width / height, above 0"
+    if not 0.0 < check_number("aspect_ratio", aspect_ratio, expected) < math.inf:
+        msg = f"`aspect_ratio` must be {expected}, got {aspect_ratio}."
         raise ValueError(msg)
     square = ClipArchitecture.load(backbone, (image_size, image_size), None)  # raises if patches do not tile the side
     return aspect_size((1.0, aspect_ratio), image_size, image_size // square.grid[0])
 
 
 def _check_maps(smoothing_sigma: float, neighbourhood: int, size: tuple[int, int]) -> None:
-    if not 0.0 <= smoothing_sigma < math.inf:
-        msg = f"`smoothing_sigma` must be 0 (no smoothing) or more pixels, got {smoothing_sigma}."
+    expected = "0 (no smoothing) or more pixels"
+    if check_number("smoothing_sigma", smoothing_sigma, expected) < 0.0:
+        msg = f"`smoothing_sigma` must be {expected}, got {smoothing_sigma}."
         raise ValueError(msg)
     if smoothing_sigma and smoothing_radius(smoothing_sigma) >= min(size):
         msg = (
@@ -152,9 +184,6 @@ def _check_maps(smoothing_sigma: float, neighbourhood: int, size: tuple[int, int
             f"pixels: it must be below {(min(size) - 0.5) / 4.0:g}, got {smoothing_sigma}."
         )
         raise ValueError(msg)
-    if isinstance(neighbourhood, bool) or not isinstance(neighbourhood, int):
-        msg = f"`neighbourhood` must be an int, got {neighbourhood!r}."
-        raise TypeError(msg)
-    if neighbourhood < 1 or neighbourhood % 2 == 0:
+    if check_int("neighbourhood", neighbourhood, 1, MAX_SIDE, ", an odd number of patches") % 2 == 0:
         msg = f"`neighbourhood` must be an odd number of patches, 1 for each patch alone, got {neighbourhood}."
         raise ValueError(msg)

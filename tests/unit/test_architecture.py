@@ -10,7 +10,7 @@ import anomalib_aprilgan
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
 # Layers from the ground up: a room imports from its own layer and lower ones.
 LAYERS = [
-    ("classes", "files", "recipe", "running"),
+    ("checks", "classes", "files", "recipe", "running"),
     ("clip",),
     ("network", "data", "decision"),
     ("settings", "provenance"),

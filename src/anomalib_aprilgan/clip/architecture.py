@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import shown
+from ..files import is_file
 from . import library
 
 
@@ -23,6 +25,11 @@ class BuiltInClip:
     hint: str = ""
 
 
+# What sizes in a configuration may be at most; the largest published CLIPs have less than a quarter of it.
+_MOST = {
+    "embed_dim": 8192, "width": 16384, "layers": 256, "heads": 256, "head_width": 1024, "patch_size": 1024,
+    "context_length": 8192, "vocab_size": 2_000_000,
+}  # fmt: skip
 # By name of the architecture; filled when the package is imported.
 BUILT_IN_CLIPS: dict[str, BuiltInClip] = {}
 
@@ -47,16 +54,17 @@ class ClipArchitecture:
         for ViT-L-14-336).
         """
         config = _read_config(backbone)
-        vision = config.get("vision_cfg", {})
+        vision, text = (_part(config, name, backbone) for name in ("vision_cfg", "text_cfg"))
         foreign = {"timm_model_name", "multimodal_cfg", "hf_model_name"} & {
             *vision,
             *config,
-            *config.get("text_cfg", {}),
+            *text,
         }
         is_plain = isinstance(vision.get("layers"), int) and not vision.get("attentional_pool")
         if foreign or not is_plain or config.get("custom_text"):
             msg = f"`backbone` must be a CLIP with open_clip's plain ViT and text transformer, got {backbone!r}."
             raise ValueError(msg)
+        _check_sizes(config, backbone)
         patch = vision["patch_size"]
         if any(side <= 0 or side % patch for side in image_size):
             nearest = " x ".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
@@ -67,6 +75,9 @@ class ClipArchitecture:
             raise ValueError(msg)
         vision["image_size"] = list(image_size)
         config["quick_gelu"] = config.get("quick_gelu", False) if quick_gelu is None else quick_gelu
+        if not isinstance(config["quick_gelu"], bool):
+            msg = f"`backbone`: quick_gelu of {backbone} must be true or false, got {shown(config['quick_gelu'])}."
+            raise ValueError(msg)
         return cls(backbone, config, image_size)
 
     @property
@@ -122,12 +133,12 @@ def _read_config(backbone: str) -> dict[str, Any]:
             )
             raise ValueError(msg)
         return config
-    if not path.is_file():
+    if not is_file(path):
         msg = f"`backbone`: no model-config file {path}."
         raise FileNotFoundError(msg)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         msg = f"`backbone`: {path} is not JSON: {error}"
         raise ValueError(msg) from error
     # Files on model hubs wrap the configuration.
@@ -136,3 +147,25 @@ def _read_config(backbone: str) -> dict[str, Any]:
         msg = f"`backbone`: {path} must be an open_clip model config with embed_dim, vision_cfg and text_cfg."
         raise ValueError(msg)
     return dict(content)
+
+
+def _part(config: dict[str, Any], name: str, backbone: str) -> dict[str, Any]:
+    part = config.get(name)
+    if not isinstance(part, dict):
+        msg = f"`backbone`: {name} of {backbone} must be a mapping, got {shown(part)}."
+        raise ValueError(msg)
+    return part
+
+
+def _check_sizes(config: dict[str, Any], backbone: str) -> None:
+    """Raise a ValueError for sizes that no CLIP has, before a network of that size is built."""
+    for name, part in ((None, config), ("vision_cfg", config["vision_cfg"]), ("text_cfg", config["text_cfg"])):
+        for key, most in _MOST.items():
+            value = part.get(key, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                where = key if name is None else f"{name}.{key}"
+                msg = f"`backbone`: {where} of {backbone} must be an int from 1 to {most}, got {shown(value)}."
+                raise ValueError(msg)
+        if part.get("width", 0) % part.get("heads", part.get("head_width", 1)):
+            msg = f"`backbone`: {name}.width of {backbone} must be a multiple of the heads, got {part['width']}."
+            raise ValueError(msg)

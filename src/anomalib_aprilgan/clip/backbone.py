@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import shown
+from ..files import is_file
 from ..recipe import digest_of_tensors
 from . import library
 from .architecture import ClipArchitecture
@@ -100,8 +103,11 @@ class ClipBackbone(nn.Module):
     def encode_states(self, normal: list[str], anomalous: list[str]) -> Tensor:
         """Text features ``(D, 2)`` of sentences about good parts and about bad ones, with columns of norm 1.
 
-        Every sentence is normalised, then averaged, then normalised (authors' prompt_ensemble.py).
+        Every sentence is normalised, then averaged, then normalised (authors' prompt_ensemble.py). A sentence that is
+        longer than the context is a warning; a ValueError where that makes a good and a bad one the same, or two bad
+        ones.
         """
+        self._check_length(normal, anomalous)
         features = [
             F.normalize(F.normalize(self.encode_text(sentences), dim=-1).mean(dim=0), dim=-1)
             for sentences in (normal, anomalous)
@@ -118,10 +124,7 @@ class ClipBackbone(nn.Module):
         if text is None:
             msg = "This backbone carries no text tower (an exported model): class names cannot be encoded any more."
             raise RuntimeError(msg)
-        config = self.architecture.config["text_cfg"]
-        options = json.dumps(config.get("tokenizer_kwargs") or {})
-        tokenize = library.tokenizer(config.get("hf_tokenizer_name"), config.get("context_length", 77), options)
-        tokens = tokenize(sentences).to(text.positional_embedding.device)
+        tokens = self._tokenizer(sentences).to(text.positional_embedding.device)
         if text.text_pool_type in {"argmax", "eos"}:  # CLIP's own end token is the highest of all
             pooled_at = (tokens if text.text_pool_type == "argmax" else (tokens == text.text_eos_id).int()).argmax(-1)
         else:
@@ -137,6 +140,30 @@ class ClipBackbone(nn.Module):
             pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
         return pooled.float()
 
+    @property
+    def _tokenizer(self) -> Any:  # noqa: ANN401  # one of open_clip's
+        config = self.architecture.config["text_cfg"]
+        options = json.dumps(config.get("tokenizer_kwargs") or {})
+        return library.tokenizer(config.get("hf_tokenizer_name"), config.get("context_length", 77), options)
+
+    def _check_length(self, normal: list[str], anomalous: list[str]) -> None:
+        sentences = [*normal, *anomalous]
+        rows = [tuple(row) for row in self._tokenizer(sentences).tolist()]
+        full = [sentence for sentence, row in zip(sentences, rows, strict=True) if row[-1]]
+        cut = library.cut_words(self._tokenizer, full, len(rows[0]))
+        if not cut:
+            return
+        longest = max(cut, key=lambda sentence: len(cut[sentence]))
+        told = (
+            f"`class_name`, `prompts`: {len(cut)} sentences are longer than the {len(rows[0])} tokens that this CLIP "
+            f"reads; of {shown(longest)} it does not read {shown(cut[longest], 300)}."
+        )
+        good, bad = {*rows[: len(normal)]}, {*rows[len(normal) :]}
+        if not good.isdisjoint(bad) or len(bad) < len({*anomalous}):
+            msg = f"{told} Sentences about good and bad parts become the same: use fewer words."
+            raise ValueError(msg)
+        warnings.warn(f"{told} Use fewer words.", stacklevel=2)
+
 
 def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
     """The frozen CLIP with the weights of a file, given by its path, or of an open_clip tag ("openai").
@@ -144,7 +171,7 @@ def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
     Weights that cannot be had are a FileNotFoundError, an unknown tag or unfit weights a ValueError.
     """
     path = Path(pretrained).expanduser()
-    if not path.is_file():
+    if not is_file(path):
         if path.suffix or len(path.parts) > 1:
             msg = f"`pretrained`: no weight file {path}. Pass an existing file or an open_clip tag such as 'openai'."
             raise FileNotFoundError(msg)

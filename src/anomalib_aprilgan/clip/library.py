@@ -40,8 +40,9 @@ def build_clip(name: str, config: dict[str, Any]) -> open_clip.CLIP:
     """The model of a configuration, with random weights; a ValueError names an entry that is unknown here."""
     try:
         return open_clip.CLIP(**copy.deepcopy(config))
-    except TypeError as error:
-        msg = f"`backbone`: open_clip {version('open_clip_torch')} cannot build {name}: {error}"
+    except Exception as error:  # open_clip checks little of a configuration itself
+        reason = f"{type(error).__name__}: {error}"
+        msg = f"`backbone`: open_clip {version('open_clip_torch')} cannot build {name}: {reason[:400]}"
         raise ValueError(msg) from error
 
 
@@ -63,6 +64,21 @@ def tokenizer(
     if hub_name:
         return open_clip.HFTokenizer(hub_name, context_length=context_length, **json.loads(options))
     return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
+
+
+def cut_words(
+    tokenize: open_clip.SimpleTokenizer | open_clip.HFTokenizer, sentences: Sequence[str], context_length: int
+) -> dict[str, str]:
+    """Of sentences that are longer than the context, by sentence, the words that are cut off."""
+    if not sentences:
+        return {}
+    decode = getattr(tokenize, "tokenizer", tokenize).decode
+    cut = {}
+    for sentence, row in zip(sentences, tokenize(list(sentences), context_length=16 * context_length), strict=True):
+        tokens = row[: int(row.nonzero().max()) + 1].tolist()
+        if len(tokens) > context_length:  # whose last place is the end token's
+            cut[sentence] = decode(tokens[context_length - 1 : -1]).strip()
+    return cut
 
 
 def run_vision(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from ..checks import check_text, shown
+from ..files import is_file
+
+LONGEST = 1000  # characters of a class name or an entry, far more than any context holds
+_MOST_SENTENCES, _LARGEST_FILE = 100_000, 2**20
 _LISTS = ("normal", "anomalous", "templates")
 # The authors' lists, in the order of their code.
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("published_prompts.yaml").read_text(encoding="utf-8"))
@@ -42,16 +45,25 @@ class PromptEnsemble:
                 msg = f"`prompts.{name}` must hold at least one entry, got none."
                 raise ValueError(msg)
             for entry in entries:
-                if not isinstance(entry, str) or not _has_one_slot(entry):
-                    msg = f"`prompts.{name}` entries need exactly one '{{}}', got {entry!r}."
+                if not isinstance(entry, str) or len(entry) > LONGEST or not _has_one_slot(entry):
+                    msg = (
+                        f"`prompts.{name}` entries need exactly one '{{}}' and at most {LONGEST} characters, "
+                        f"got {shown(entry)}."
+                    )
                     raise ValueError(msg)
+        number = max(len(self.normal), len(self.anomalous)) * len(self.templates)
+        if number > _MOST_SENTENCES:
+            msg = f"`prompts` must make at most {_MOST_SENTENCES} sentences of a kind, got {number}: leave some out."
+            raise ValueError(msg)
 
     @classmethod
     def of(cls, prompts: str | Path | Mapping[str, Any] | None) -> PromptEnsemble:
         """The lists of a YAML file, or of its content; the published ones for ``None``."""
         if prompts is None:
             return cls()
-        return cls._from_content(prompts, "the mapping") if isinstance(prompts, Mapping) else cls.from_file(prompts)
+        if isinstance(prompts, Mapping):
+            return cls._from_content(prompts, "the mapping")
+        return cls.from_file(check_text("prompts", prompts, "a YAML file, or a mapping of lists"))
 
     @classmethod
     def from_file(cls, path: str | Path) -> PromptEnsemble:
@@ -60,12 +72,15 @@ class PromptEnsemble:
         A class without one of the lists has the common one, and a file without one has the published one.
         """
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             msg = f"`prompts`: no file {path}. Pass a YAML file with the keys normal, anomalous, templates."
             raise FileNotFoundError(msg)
         try:
-            content = OmegaConf.to_container(OmegaConf.load(path))
-        except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+            if path.stat().st_size > _LARGEST_FILE:
+                msg = f"it has {path.stat().st_size} bytes, more than {_LARGEST_FILE}"
+                raise ValueError(msg)
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))  # repeats anchors without copying them
+        except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
             msg = f"`prompts`: {path} is not readable YAML: {error}"
             raise ValueError(msg) from error
         return cls._from_content(content, str(path))
@@ -92,8 +107,11 @@ class PromptEnsemble:
 
     def sentences(self, class_name: str) -> tuple[list[str], list[str]]:
         """The normal and the anomalous sentences of a class name as it is ("metal_nut"), state by state."""
-        if not class_name.strip():
-            msg = f"`class_name` must name an object, got {class_name!r}. Try 'object' if nothing better is known."
+        if not class_name.strip() or len(class_name) > LONGEST:
+            msg = (
+                f"`class_name` must name an object in at most {LONGEST} characters, got {shown(class_name)}. "
+                "Try 'object' if nothing better is known."
+            )
             raise ValueError(msg)
         return self._expand(self.normal, class_name), self._expand(self.anomalous, class_name)
 
@@ -104,8 +122,8 @@ class PromptEnsemble:
 
 
 def _read_mapping(content: object, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
-    if not isinstance(content, dict) or not (known is None or set(content) <= set(known)):
-        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, Mapping) or not (known is None or set(content) <= set(known)):
+        found = shown(sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__)
         msg = f"`prompts`: {where} must be a mapping with keys out of {known or 'the class names'}, got {found}."
         raise ValueError(msg)
     return {str(key): value for key, value in content.items()}
@@ -114,7 +132,7 @@ def _read_mapping(content: object, where: str, known: tuple[str, ...] | None) ->
 def _read_lists(content: object, where: str, *further: str) -> dict[str, Any]:
     lists = _read_mapping(content, where, (*_LISTS, *further))
     for key in [key for key in _LISTS if key in lists]:
-        if not isinstance(lists[key], list):
+        if isinstance(lists[key], str) or not isinstance(lists[key], Sequence):
             msg = f"`prompts`: {key!r} in {where} must be a list of strings, got {type(lists[key]).__name__}."
             raise ValueError(msg)
         lists[key] = tuple(lists[key])

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import is_file
+
 # The buffers of an OpenAI archive that are no weights.
 _ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
 _NUMBERS = {f"{name}Storage": name.lower() for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Bool")}
@@ -25,7 +27,7 @@ def read_state_dict(
     They may lie under the key ``nested_under``. With ``torchscript`` OpenAI's archives are accepted, whose code never
     runs. Content that is damaged, something else or not finite is a ValueError, which names the user's ``argument``.
     """
-    if not path.is_file():
+    if not is_file(path):
         msg = f"`{argument}`: no weight file {path}."
         raise FileNotFoundError(msg)
     is_archive = _is_torchscript(path)

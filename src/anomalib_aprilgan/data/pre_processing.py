@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 from torchvision.tv_tensors import Mask, wrap
@@ -21,8 +24,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Numbers of an image that are resized together.
 _PIXELS_AT_ONCE = 2**23
-# Weights of taps, up to a factor, from their distances and the length that is one to the kernel.
-Kernel = Callable[[Tensor, float], Tensor]
+Array = TypeVar("Array", Tensor, NDArray[np.float64])
+# From numpy or torch, and distances, to the weights of taps.
+Kernel = Callable[[ModuleType, Any], Any]
 # How far values may lie outside [0, 1]: as far as rounding to 8 bits covers up, or as bicubic augmentations shoot over.
 _HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 
@@ -203,24 +207,28 @@ def _to_eight_bit(pixels: Tensor) -> Tensor:
 
 def _filter_matrix(length: int, target: int, kernel: Kernel, device: torch.device) -> Tensor:
     # Rows sum to one. The kernel widens with the reduction, and taps outside the image are left out (Resample.c).
-    # Between the centre of a target pixel and that of a tap lie so many 2 * target-ths of a pixel, a whole number:
-    # fp32 alone would lose it in the positions of large images, and not every device has float64.
-    maker = device if torch.compiler.is_exporting() else torch.device("cpu")
-    centres = (2 * torch.arange(target, device=maker) + 1) * length
-    taps = (2 * torch.arange(length, device=maker) + 1) * target
-    widest: Any = torch.sym_max(length, target)  # symbolic in an export
-    weights = kernel((taps[None, :] - centres[:, None]).abs().float(), 2.0 * widest)
-    return (weights / weights.sum(dim=1, keepdim=True)).to(device)
+    # In double precision on the host, since not every device has it, and in fp32 within a graph.
+    scale = length / target
+    widening: Any
+    if torch.compiler.is_exporting():
+        widening = torch.sym_max(scale, 1.0)  # symbolic
+        centres = (torch.arange(target, device=device) + 0.5) * scale
+        taps = torch.arange(length, device=device) + 0.5
+        weights: Tensor = kernel(torch, (taps[None, :] - centres[:, None]).abs() / widening)
+        return weights / weights.sum(dim=1, keepdim=True)
+    distance = np.abs((np.arange(length) + 0.5)[None, :] - ((np.arange(target) + 0.5) * scale)[:, None])
+    precise = kernel(np, distance / max(scale, 1.0))
+    return torch.from_numpy((precise / precise.sum(axis=1, keepdims=True)).astype(np.float32)).to(device)
 
 
-def _bilinear(distance: Tensor, unit: float) -> Tensor:
-    # Whole numbers, so that a pixel that is half covered is neither more nor less.
-    return (unit - distance).clamp(min=0.0)
+def _bilinear(xp: ModuleType, x: Array) -> Array:
+    weights: Array = xp.where(x < 1.0, 1.0 - x, 0.0 * x)
+    return weights
 
 
-def _bicubic(distance: Tensor, unit: float) -> Tensor:
-    x = distance / unit
+def _bicubic(xp: ModuleType, x: Array) -> Array:
     # Keys' kernel with a = -0.5, the antialiasing choice of Pillow and torch.
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
+    weights: Array = xp.where(x < 1.0, near, xp.where(x < 2.0, far, 0.0 * x))
+    return weights

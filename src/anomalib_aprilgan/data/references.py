@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image
 
-from ..files import is_drawing, sha256
+from ..files import is_drawing, is_file, sha256
 from ..running import seeded
 from .reading import UnreadableImageError, load_image
 
@@ -97,9 +97,14 @@ def _digest(file: Path, size: int, mtime_ns: int) -> str:
 def list_references(references: References, argument: str = "references") -> list[Path]:
     """Image files of a folder and those in it (sorted), of one file, or of a list; errors for none or missing ones."""
     if isinstance(references, (str, os.PathLike)):
-        path = Path(references).expanduser().resolve()
-        if not path.exists():
-            msg = f"`{argument}`: {path} does not exist. Pass a folder of normal images or a list of image files."
+        try:
+            path = Path(references).expanduser().resolve()
+            exists = path.exists()
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have; links in a loop
+            path, exists = Path(references), False
+        if not exists:
+            remedy = "Pass a folder of normal images or a list of image files."
+            msg = f"`{argument}`: {path} does not exist. {remedy}"
             raise FileNotFoundError(msg)
         # Not by anomalib's own listing, which takes no paths with letters outside ASCII.
         files = sorted(filter(is_image_file, path.glob("**/*") if path.is_dir() else [path]))
@@ -109,7 +114,7 @@ def list_references(references: References, argument: str = "references") -> lis
             raise ValueError(msg)
         return files
     files = [Path(entry).expanduser() for entry in references]
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not is_file(file)]
     if missing or not files:
         msg = f"`{argument}`: no file {missing[0]}." if missing else f"`{argument}` is an empty list."
         raise FileNotFoundError(msg) if missing else ValueError(msg)

@@ -14,12 +14,14 @@ from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # it
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ..checks import check_number
 from ..data.references import References, list_references, read_reference, references_of_class
 from ..running import seeded
 
 FROM_REFERENCES = "references"
 # Variants of a reference at least: fewer would hardly show how a score wavers.
 _LEAST_VARIANTS = 12
+_LEAST_RATE_OF_REFERENCES = 0.001
 # How light the variants are: relative changes, noise of four grey levels in 255, least share of the area kept.
 _BRIGHTNESS, _CONTRAST, _SATURATION, _NOISE, _KEPT = 0.2, 0.2, 0.05, 0.015, 0.85
 
@@ -57,10 +59,15 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Raise if the share is out of range."""
-        if not 0.0 < self.false_positive_rate <= 0.5:
+        expected = "the share of good parts that may be flagged, in (0, 0.5], such as 0.01"
+        if not 0.0 < check_number("false_positive_rate", self.false_positive_rate, expected) <= 0.5:
+            msg = f"`false_positive_rate` must be {expected}, got {self.false_positive_rate}."
+            raise ValueError(msg)
+        if self.from_references and self.false_positive_rate < _LEAST_RATE_OF_REFERENCES:
             msg = (
-                "`false_positive_rate` must be the share of good parts that may be flagged, in (0, 0.5], such as 0.01, "
-                f"got {self.false_positive_rate}."
+                f"`false_positive_rate` must be at least {_LEAST_RATE_OF_REFERENCES} for `calibration='references'`, "
+                f"which scores more than 1 / share variants of them, got {self.false_positive_rate}. Calibrate with a "
+                "folder of normal images, or ask for a larger share."
             )
             raise ValueError(msg)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_number
 from ..running import FullPrecision
 
 # From text probability and map statistic, both ``(B,)`` and the latter scaled by its bounds, to the score ``(B,)``.
@@ -32,6 +33,14 @@ def map_statistic(anomaly_map: Tensor, top_share: float = 0.0) -> Tensor:
     return pixels.topk(max(1, round(top_share * pixels.shape[1])), dim=1).values.mean(dim=1)
 
 
+def check_top_share(top_share: float) -> None:
+    """Raise an error that names the argument unless it is a share."""
+    expected = "a share of the map in [0, 1], or 0 for its maximum"
+    if not 0.0 <= check_number("top_share", top_share, expected) <= 1.0:
+        msg = f"`top_share` must be {expected}, got {top_share}."
+        raise ValueError(msg)
+
+
 class ScoreFusion(FullPrecision):
     """Fuses scores by class, with the bounds between which the map statistic is scaled.
 
@@ -41,12 +50,8 @@ class ScoreFusion(FullPrecision):
 
     def __init__(self, rule: str = "mean", top_share: float = 0.0) -> None:
         super().__init__()
-        if rule not in FUSIONS:
-            msg = f"`score_fusion` must be one of {', '.join(FUSIONS)}, got {rule!r}."
-            raise ValueError(msg)
-        if not 0.0 <= top_share <= 1.0:
-            msg = f"`top_share` must be a share of the map in [0, 1], or 0 for its maximum, got {top_share}."
-            raise ValueError(msg)
+        check_choice("score_fusion", rule, FUSIONS)
+        check_top_share(top_share)
         self.rule, self.top_share = rule, top_share
         self.register_buffer("low", torch.zeros(1))
         self.register_buffer("high", torch.ones(1))

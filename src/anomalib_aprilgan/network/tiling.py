@@ -150,6 +150,9 @@ def blend_window(length: int) -> Tensor:
 def check_tiles(tile_size: int, tile_overlap: float) -> None:
     """Raise a TypeError or ValueError if `tile_size` is no int from 1 up, or `tile_overlap` not in ``[0, 1)``."""
     _check_positive("tile_size", tile_size)
+    if isinstance(tile_overlap, bool) or not isinstance(tile_overlap, (int, float)):
+        msg = f"`tile_overlap` must be a number, got {tile_overlap!r}."
+        raise TypeError(msg)
     if not 0.0 <= tile_overlap < 1.0:
         msg = f"`tile_overlap` must be a share of the tile in [0, 1), such as 0.25, got {tile_overlap}."
         raise ValueError(msg)
