@@ -119,13 +119,18 @@ def migrate(checkpoint: MutableMapping[str, Any]) -> None:
     if content is None:
         msg = "`ckpt_path` must be a checkpoint that AprilGAN wrote; this one holds nothing of it."
         raise ValueError(msg)
+    check_entries("ckpt_path", content, {"format": int} if "format" in content else {})
     if content.get("format", 1) > _FORMAT:
         found = content["format"]
         msg = f"`ckpt_path`: the checkpoint has format {found}, this version reads up to {_FORMAT}. Update the package."
         raise ValueError(msg)
     if "format" not in content:
-        checkpoint["state_dict"] = _migrated_tensors(checkpoint["state_dict"], len(content["class_names"]))
-        checkpoint[CHECKPOINT_KEY] = _migrated_content(content)
+        try:
+            checkpoint["state_dict"] = _migrated_tensors(checkpoint["state_dict"], len(content["class_names"]))
+            checkpoint[CHECKPOINT_KEY] = _migrated_content(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"`ckpt_path`: the checkpoint is of 0.1.0 and damaged, or of something else ({error!r})."
+            raise ValueError(msg) from error
         # Lightning keeps the post-processor's tensors a second time, under their old names.
         checkpoint.get("callbacks", {}).pop("AprilGANPostProcessor", None)
 
@@ -148,8 +153,8 @@ def check(checkpoint: MutableMapping[str, Any], settings: Settings, network: Apr
     few_shot = has_references(state_dict)
     given = _EARLIER_SETTINGS | content["settings"]
     for name, ours in _settings_of(settings, few_shot=few_shot).items():
-        if given[name] != ours and (few_shot or name not in _OF_REFERENCES):
-            msg = f"`{name}` of the checkpoint is {given[name]}, of the model {ours}. Set them alike."
+        if given.get(name) != ours and (few_shot or name not in _OF_REFERENCES):
+            msg = f"`{name}` of the checkpoint is {given.get(name)}, of the model {ours}. Set them alike."
             raise ValueError(msg)
     prefix = "model.adapters."
     adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -201,6 +206,7 @@ def restore(
     if network.few_shot is not None:
         for row in range(len(classes)):
             features = state_dict.setdefault(_FEATURES.format(row), torch.empty(0))
+            network.few_shot.check_features(features)
             network.few_shot.set_features(row, torch.empty_like(features))
     own_fusion.set_rows(none, network.map_limit)
     for name, value in own_fusion.state_dict().items():

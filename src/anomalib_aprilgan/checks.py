@@ -68,6 +68,30 @@ def check_list(argument: str, value: object, what: str) -> list[object]:
     return list(value)
 
 
+def check_share(argument: str, value: object) -> float:
+    """A number in ``[0, 1]``."""
+    expected = "a number in [0, 1]"
+    number = check_number(argument, value, expected)
+    if not 0.0 <= number <= 1.0:
+        msg = f"`{argument}` must lie in [0, 1], got {value}."
+        raise ValueError(msg)
+    return number
+
+
+def check_loaders(*, num_workers: int, **batch_sizes: int) -> None:
+    """Raise an error unless batch sizes, by argument, and a number of worker processes can be had."""
+    for argument, size in batch_sizes.items():
+        check_int(argument, size, 1, 2**20)
+    check_int("num_workers", num_workers, 0, 1024)
+
+
+def check_optional(argument: str, value: object, kind: type, what: str) -> None:
+    """Raise a TypeError unless a part is ``None`` or of a kind."""
+    if value is not None and not isinstance(value, kind):
+        msg = f"`{argument}` must be {what}, got {shown(value)}."
+        raise TypeError(msg)
+
+
 def check_kind(argument: str, value: object, kind: type, what: str) -> None:
     """Raise a TypeError unless a part is true, false or of a kind."""
     if not isinstance(value, (bool, kind)):

@@ -26,7 +26,13 @@ class Components:
         """The model of a checkpoint, and what replaces its arguments; see anomalib's ``load_from_checkpoint``."""
         check_file(checkpoint_path)
         parent: Any = super()
-        model: AnomalibModule = parent.load_from_checkpoint(checkpoint_path, **options)
+        try:
+            model: AnomalibModule = parent.load_from_checkpoint(checkpoint_path, **options)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            msg = f"`ckpt_path`: the tensors of {checkpoint_path} do not fit the model: {error}"
+            raise ValueError(msg) from error
         return model
 
     @property

@@ -54,6 +54,11 @@ def build(april_gan: Build, small_clip: SmallClip) -> Build:
     return build
 
 
+def is_clear(image: dict[str, Any], of_class: dict[str, Any]) -> bool:
+    """Whether a score is away from the threshold, which may be an image's own score: processors round differently."""
+    return abs(image["score"] - of_class["values"]["image_threshold"]) > TOLERANCE
+
+
 def assert_predicts_as_before(model: AprilGAN, expected: dict[str, Any]) -> None:
     assert model.classes.names == tuple(expected)
     for name, of_class in expected.items():
@@ -65,7 +70,8 @@ def assert_predicts_as_before(model: AprilGAN, expected: dict[str, Any]) -> None
                 model.post_processor.enable_normalization = False
                 raw = model(read(path), name)
                 model.post_processor.enable_normalization = True
-            assert label.item() == image["label"]
+            if is_clear(image, of_class):
+                assert label.item() == image["label"]
             assert raw.pred_score.item() == pytest.approx(image["score"], abs=TOLERANCE)
             assert raw.anomaly_map.amax().item() == pytest.approx(image["map_maximum"], abs=TOLERANCE)
             part = raw.anomaly_map[0, ::EVERY, ::EVERY]
@@ -127,7 +133,8 @@ def test_ckpt_path_of_0_1_0_keeps_references_and_thresholds(
     assert model.post_processor.values() == pytest.approx(expected["values"], abs=TOLERANCE)
     found = {str(Path(path).relative_to(tmp_path)): image for path, image in by_path(batches).items()}
     for path, image in expected["images"].items():
-        assert found[path]["pred_label"].item() == image["label"]
+        if is_clear(image, expected):
+            assert found[path]["pred_label"].item() == image["label"]
     # Other images than those known can only have been judged by the same thresholds: the order is that of 0.1.0.
     paths = sorted(expected["images"], key=lambda path: expected["images"][path]["score"])
     assert paths == sorted(paths, key=lambda path: found[path]["pred_score"].item())

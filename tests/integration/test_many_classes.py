@@ -45,8 +45,9 @@ def by_path(batches: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, bool]]:
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for path, (score, anomaly_map, label) in ours.items():
-        torch.testing.assert_close(score, theirs[path][0], atol=1e-6, rtol=0)
-        torch.testing.assert_close(anomaly_map, theirs[path][1], atol=1e-6, rtol=0)
+        # Batches of other images are computed in another order: on some processors that shows in the sixth digit.
+        torch.testing.assert_close(score, theirs[path][0], atol=5e-6, rtol=0)
+        torch.testing.assert_close(anomaly_map, theirs[path][1], atol=5e-6, rtol=0)
         assert label == theirs[path][2]
 
 

@@ -219,8 +219,9 @@ def test_new_parts_with_several_classes(april_gan: Build, tmp_path: Path, new: N
         found = by_path(single.predict(alone, datamodule=category(name, eval_batch_size=5)))
         assert len(found) == 11
         for path, image in found.items():
-            torch.testing.assert_close(together[path]["pred_score"], image["pred_score"], atol=1e-6, rtol=0)
-            torch.testing.assert_close(together[path]["anomaly_map"], image["anomaly_map"], atol=1e-6, rtol=0)
+            # In batches of other images, which some processors compute in an order that shows in the sixth digit.
+            torch.testing.assert_close(together[path]["pred_score"], image["pred_score"], atol=5e-6, rtol=0)
+            torch.testing.assert_close(together[path]["anomaly_map"], image["anomaly_map"], atol=5e-6, rtol=0)
 
 
 @BOTH

@@ -17,6 +17,18 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
+from ..checks import (
+    SEED_LIMIT,
+    check_choice,
+    check_int,
+    check_list,
+    check_loaders,
+    check_number,
+    check_optional,
+    check_share,
+    check_text,
+    shown,
+)  # fmt: skip
 from .listing import class_name_of
 from .multi_category import EpochSampler, MultiCategoryDataset
 
@@ -85,6 +97,7 @@ class MultiCategoryData(GatheredData):
         eval_batch_size: int = 8,
         num_workers: int = 8,
     ) -> None:
+        check_loaders(eval_batch_size=eval_batch_size, num_workers=num_workers)
         super().__init__(eval_batch_size, eval_batch_size, num_workers)
         self.datamodules = _gather(dataset, root, categories, datamodules)
         names = [class_name_of(module) for module in self.datamodules]
@@ -149,13 +162,15 @@ class AuxiliaryData(GatheredData):
         train_augmentations: Transform | None = None,
         seed: int = 0,
     ) -> None:
+        check_loaders(train_batch_size=train_batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers)
+        check_optional("train_augmentations", train_augmentations, Transform, "a transform of torchvision")
+        check_optional("validation", validation, AnomalibDataModule, "a datamodule of anomalib")
+        check_int("seed", seed, 0, SEED_LIMIT - 1)
+        for name, rate in (("mosaic_rate", mosaic_rate), ("synthetic_rate", synthetic_rate)):
+            check_share(name, rate)
         super().__init__(train_batch_size, eval_batch_size, num_workers, train_augmentations)
         self.datamodules = _gather(dataset, root, categories, datamodules)
-        for name, rate in (("mosaic_rate", mosaic_rate), ("synthetic_rate", synthetic_rate)):
-            if not 0.0 <= rate <= 1.0:
-                msg = f"`{name}` must lie in [0, 1], got {rate}."
-                raise ValueError(msg)
-        if not 0.0 <= val_split_ratio < 1.0:
+        if not 0.0 <= check_number("val_split_ratio", val_split_ratio, "a share in [0, 1)") < 1.0:
             msg = f"`val_split_ratio` must lie in [0, 1), got {val_split_ratio}."
             raise ValueError(msg)
         if val_split_ratio and validation is not None:
@@ -246,6 +261,10 @@ def _gather(
     categories: list[str] | None,
     datamodules: list[AnomalibDataModule] | None,
 ) -> list[AnomalibDataModule]:
+    if categories is not None:
+        check_list("categories", categories, "a list of names")
+    for given in [] if datamodules is None else check_list("datamodules", datamodules, "a list of datamodules"):
+        check_optional("datamodules", given or 0, AnomalibDataModule, "a list of datamodules")
     if dataset is None:
         if categories is not None:
             msg = "`categories` belong to `dataset`, which is not given; `datamodules` carry their own."
@@ -254,13 +273,11 @@ def _gather(
             msg = f"`dataset` must be one of {tuple(_DATASETS)}, or `datamodules` a list of datamodules; got neither."
             raise ValueError(msg)
         return [*datamodules]
-    if dataset not in _DATASETS:
-        msg = f"`dataset` must be one of {tuple(_DATASETS)}, got {dataset!r}. Give others as `datamodules`."
+    if not isinstance(dataset, str) or dataset not in _DATASETS:
+        msg = f"`dataset` must be one of {tuple(_DATASETS)}, got {shown(dataset)}. Give others as `datamodules`."
         raise ValueError(msg)
     module, known = _DATASETS[dataset]
-    unknown = sorted(set(categories or []) - set(known))
-    if unknown:
-        msg = f"`categories` must be out of {known}, got {unknown}."
-        raise ValueError(msg)
-    options = {} if root is None else {"root": root}
+    for category in categories or []:
+        check_choice("categories", category, known)
+    options = {} if root is None else {"root": check_text("root", root, "a folder")}
     return [*(module(category=category, **options) for category in categories or known), *(datamodules or [])]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 from torchvision.tv_tensors import Mask, wrap
 
+from ..checks import check_bool, check_int, check_list, check_number, shown
 from ..running import full_precision
 
 # CLIP's own statistics (open_clip.constants.OPENAI_DATASET_MEAN / _STD).
@@ -67,6 +68,8 @@ class AprilGANPreProcessor(PreProcessor):
         *,
         tiled: bool = False,
     ) -> None:
+        _check_pre_processing(image_size, mean, std)
+        check_bool("tiled", tiled)
         whole = Compose([EightBitResize(image_size), Normalize(mean=list(mean), std=list(std))])
         super().__init__(None if tiled else whole)
         self.image_size = image_size
@@ -99,6 +102,20 @@ class AprilGANPreProcessor(PreProcessor):
         restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]), tiled=self.tiled)
         self.transform, self.image_size = restored.transform, restored.image_size
         self.mean, self.std = restored.mean.to(self.mean.device), restored.std.to(self.std.device)
+
+
+def _check_pre_processing(image_size: object, mean: object, std: object) -> None:
+    """Raise an error that names the argument unless sizes and statistics are such."""
+    what = "height and width in pixels"
+    if len([check_int("image_size", side, 1) for side in check_list("image_size", image_size, what)]) != 2:
+        msg = f"`image_size` must be {what}, got {shown(image_size)}."
+        raise ValueError(msg)
+    what = "three numbers, standard deviations above 0"
+    for name, given in (("mean", mean), ("std", std)):
+        numbers = [check_number(name, value, what) for value in check_list(name, given, what)]
+        if len(numbers) != 3 or (name == "std" and min(numbers) <= 0.0):
+            msg = f"`{name}` must be {what}, got {shown(given)}."
+            raise ValueError(msg)
 
 
 def prepared(pre_processor: nn.Module | None, images: Tensor) -> Tensor:

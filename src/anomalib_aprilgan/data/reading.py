@@ -29,7 +29,10 @@ _FULL_16_BIT = 65535
 _FULL_12_BIT = 4095
 _PHOTOMETRIC, _MIN_IS_WHITE = 262, 0  # a tag of TIFF, which Pillow heeds in 8-bit images alone
 # What Pillow's readers raise on broken files.
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+BROKEN = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    struct.error, zlib.error,
+)  # fmt: skip
 # Bounds of the copies for drawings: enough for a batch of 32 at 1024 x 1024 pixels.
 MAX_IMAGES, MAX_BYTES = 64, 2**27
 

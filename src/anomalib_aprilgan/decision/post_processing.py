@@ -14,6 +14,7 @@ from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from ..checks import check_bool, check_number, check_share
 from ..classes import Classes, images_of_row, rows_of
 from ..running import FullPrecision, align_metrics
 from .fusion import ScoreFusion
@@ -21,6 +22,7 @@ from .learning import RowLearner
 from .scale import Bounds, scaled
 from .values import BUFFERS, ClassValues
 
+_MOST = 1e6  # that a map may reach: a few for each stage
 Level = Literal["image", "pixel"]
 
 
@@ -56,6 +58,17 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         score_fusion: str = "mean",
     ) -> None:
         fusion = ScoreFusion(score_fusion, top_share)  # before anything is made
+        if not 0.0 < check_number("map_limit", map_limit, "a number above 0") < _MOST:
+            msg = f"`map_limit` must be a number above 0, below {_MOST:g}, got {map_limit}."
+            raise ValueError(msg)
+        for name, flag in (
+            ("fuse_map_maximum", fuse_map_maximum),
+            ("enable_normalization", enable_normalization),
+            ("enable_thresholding", enable_thresholding),
+        ):
+            check_bool(name, flag)
+        check_share("image_sensitivity", image_sensitivity)
+        check_share("pixel_sensitivity", pixel_sensitivity)
         super().__init__(
             enable_normalization=enable_normalization,
             enable_thresholding=enable_thresholding,
@@ -137,6 +150,7 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
 
     def set_sensitivity(self, level: Level, row: int, value: float) -> None:
         """Replace one of :meth:`sensitivities`."""
+        check_share(f"{level}_sensitivity", value)
         given = self.sensitivities(level)
         given[row] = value
         setattr(self, f"{level}_sensitivity", given)

@@ -13,6 +13,16 @@ from anomalib.data.datasets.image.mvtecad import MVTecADDataset
 from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from torchvision.transforms.v2 import Transform
 
+from ..checks import (
+    SEED_LIMIT,
+    check_bool,
+    check_choice,
+    check_int,
+    check_loaders,
+    check_optional,
+    check_share,
+    check_text,
+)  # fmt: skip
 from .drawing import CATEGORIES, DEFECTS, OBJECTS, TEXTURES, write_category
 from .drawing.folder import select
 
@@ -75,6 +85,21 @@ class DrawnInspection(AnomalibDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
         val_split_ratio: float = 0.5,
     ) -> None:
+        check_loaders(train_batch_size=train_batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers)
+        check_int("seed", seed, 0, SEED_LIMIT - 1)
+        check_bool("random_style", random_style)
+        for name, of_stage in (
+            ("train_augmentations", train_augmentations),
+            ("val_augmentations", val_augmentations),
+            ("test_augmentations", test_augmentations),
+            ("augmentations", augmentations),
+        ):
+            check_optional(name, of_stage, Transform, "a transform of torchvision")
+        check_choice("test_split_mode", test_split_mode, [mode.value for mode in TestSplitMode])
+        check_choice("val_split_mode", val_split_mode, [mode.value for mode in ValSplitMode])
+        check_share("test_split_ratio", test_split_ratio)
+        check_share("val_split_ratio", val_split_ratio)
+        root = check_text("root", root, "a folder")
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,

@@ -68,6 +68,9 @@ class FewShotScorer(nn.Module, ABC):
             raise RuntimeError(msg)
         return self.remembered[row].get_buffer("features")
 
+    def check_features(self, features: Tensor) -> None:
+        """Raise a ValueError for features, from a checkpoint, that this scorer cannot have made."""
+
     def set_features(self, row: int, features: Tensor) -> None:
         """Replace what is remembered of a class."""
         self.remembered[row].features = features

@@ -15,6 +15,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..checks import check_text
 from ..classes import names_of, rows_of
 from ..data.listing import listed_files
 from ..data.reading_hooks import unreadable_files
@@ -57,7 +58,7 @@ class DecisionsWriter(ResultWriter):
 
     def __init__(self, path: str | Path | None = None) -> None:
         super().__init__()
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(check_text("path", path, "a file to write"))
         self._rows: list[Row] = []
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..checks import check_int, check_text
 from ..classes import rows_of
 from ..data.listing import augmentations_of, listed_files
 from ..data.pre_processing import AprilGANPreProcessor
@@ -45,10 +46,8 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
 
     def __init__(self, output_dir: str | Path | None = None, max_side: int = 1024) -> None:
         super().__init__()
-        if max_side < 64:
-            msg = f"`max_side` must be at least 64 pixels, got {max_side}."
-            raise ValueError(msg)
-        self.output_dir = None if output_dir is None else Path(output_dir)
+        check_int("max_side", max_side, 64, 2**16, " pixels")
+        self.output_dir = None if output_dir is None else Path(check_text("output_dir", output_dir, "a folder"))
         self.max_side = max_side
         self._folders: dict[Path, Path] = {}
         self._drawn = 0

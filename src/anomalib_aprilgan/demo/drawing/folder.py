@@ -98,7 +98,8 @@ def select(
             msg = f"`{name}` must be an int in [1, {_RANGE}] (a number of pictures), got {number!r}."
             raise ValueError(msg)
     kinds = DEFECTS if defects is None else defects
-    if isinstance(kinds, str) or not kinds or any(kind not in DEFECTS for kind in kinds):
+    is_list = isinstance(kinds, Sequence) and not isinstance(kinds, (str, bytes)) and len(kinds) > 0
+    if not is_list or any(not isinstance(kind, str) or kind not in DEFECTS for kind in kinds):
         msg = f"`defects` must be None or a list of some of {', '.join(DEFECTS)}, got {defects!r}."
         raise ValueError(msg)
     ordered = tuple(kind for kind in DEFECTS if kind in kinds)

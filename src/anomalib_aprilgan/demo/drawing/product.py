@@ -121,7 +121,7 @@ def check_drawing(category: str, seed: int, index: int, image_size: int) -> None
     Raises:
         ValueError: One of them is out of its range.
     """
-    if category not in CATEGORIES + INVENTIONS:
+    if not isinstance(category, str) or category not in CATEGORIES + INVENTIONS:
         msg = f"`category` must be one of {', '.join(CATEGORIES)}, got {category!r}."
         raise ValueError(msg)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or not MIN_SIZE <= image_size <= MAX_SIZE:
