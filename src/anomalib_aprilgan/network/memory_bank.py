@@ -25,7 +25,7 @@ class MemoryBank(FewShotScorer):
     def __init__(self, architecture: ClipArchitecture, stages: Sequence[int], neighbourhood: int = 1) -> None:
         super().__init__()
         self.grid, self.stages, self.neighbourhood = architecture.grid, tuple(stages), neighbourhood
-        self.width = architecture.width
+        self._architecture = architecture
         # A cosine distance of one half counts as certain; 2 is the opposite direction.
         self.map_limit, self.map_ceiling = 0.5 * len(self.stages), 2.0 * len(self.stages)
 
@@ -41,7 +41,7 @@ class MemoryBank(FewShotScorer):
 
     def check_features(self, features: Tensor) -> None:
         """Raise a ValueError unless they are tokens of these stages, or none; see the base class."""
-        expected = (len(self.stages), *features.shape[1:2], math.prod(self.grid), self.width)
+        expected = (len(self.stages), *features.shape[1:2], math.prod(self.grid), self._architecture.width)
         if features.numel() and tuple(features.shape) != expected:
             msg = f"`ckpt_path`: a memory bank must be {expected} for this CLIP, got {tuple(features.shape)}."
             raise ValueError(msg)
