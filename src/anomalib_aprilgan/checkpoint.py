@@ -19,7 +19,7 @@ from .clip.prompts import PromptEnsemble
 from .data.references import content_digests
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
-from .files import is_file
+from .files import check_no_bomb, is_file
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
@@ -99,6 +99,7 @@ def check_file(path: str | Path) -> None:
         msg = f"`ckpt_path`: no checkpoint file {file}."
         raise FileNotFoundError(msg)
     try:
+        check_no_bomb(file)
         with anomalib_safe_globals():
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions

@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -121,6 +122,16 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # too long; a NUL
         return False
+
+
+def check_no_bomb(path: Path) -> None:
+    """Raise a ValueError for an archive that unpacks to far more than its size; torch saves without compression."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > 2 * path.stat().st_size + 2**20:
+            msg = f"it has {path.stat().st_size} bytes and would unpack to {size}"
+            raise ValueError(msg)
 
 
 def sha256(path: Path) -> str:

@@ -288,3 +288,11 @@ def test_random_weights_seed_no_accelerator(architecture: ClipArchitecture) -> N
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first["visual.proj"], again["visual.proj"])
     assert not torch.equal(first["visual.proj"], other["visual.proj"])
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(2**26))
+    with pytest.raises(ValueError, match=r"`adapters`: .*bomb.pt .* would unpack to 67108864"):
+        read_state_dict(path, "adapters")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import is_file
+from ..files import check_no_bomb, is_file
 
 # The buffers of an OpenAI archive that are no weights.
 _ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
@@ -36,6 +36,7 @@ def read_state_dict(
         raise ValueError(msg)
     try:
         content: Any
+        check_no_bomb(path)
         if is_archive:
             content = _read_archive(path)
         elif path.suffix == ".safetensors":
@@ -64,10 +65,11 @@ def read_state_dict(
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False  # the reader will tell what is wrong with it
 
 
 class _Module:
