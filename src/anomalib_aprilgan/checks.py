@@ -12,7 +12,7 @@ SEED_LIMIT = 2**63  # of torch's generators
 def check_int(argument: str, value: object, low: int, high: float = math.inf, hint: str = "") -> int:
     """An int in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"`{argument}` must be an int{hint}, got {shown(value)}."
+        msg = f"`{argument}` must be an int, got {shown(value)}."
         raise TypeError(msg)
     if not low <= value <= high:
         span = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"

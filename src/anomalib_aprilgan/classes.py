@@ -105,7 +105,7 @@ def words_by_name(class_name: Mapping[str, str] | Sequence[str] | None) -> dict[
         class_name = [class_name]
     given = class_name if isinstance(class_name, Mapping) else check_list("class_name", class_name, what)
     pairs = given.items() if isinstance(given, Mapping) else [(name, name) for name in given]
-    words = {check_text("class_name", name, what): check_text("class_name", one, what) for name, one in pairs}
+    words = {_text_of(name, what): _text_of(one, what) for name, one in pairs}
     for name in [*words, *words.values()]:
         if not name.isprintable():
             msg = f"`class_name` must be {what}, without line breaks or control characters, got {shown(name)}."
@@ -122,6 +122,13 @@ def words_by_name(class_name: Mapping[str, str] | Sequence[str] | None) -> dict[
             msg = f"`class_name` has the same words {one!r} for {' and '.join(same)}. Give each its own."
             raise ValueError(msg)
     return words
+
+
+def _text_of(name: object, what: str) -> str:
+    if isinstance(name, str) and not name.strip():
+        msg = f"`class_name` must name an object, got {name!r}. Try 'object' if nothing better is known."
+        raise ValueError(msg)
+    return check_text("class_name", name, what)
 
 
 def class_of_file(path: str, known: Sequence[str], root: Path | None) -> str:

@@ -140,7 +140,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
             image_size = height_and_width(image_size)
         stages = numbers_of("stages", stages)
         memory_stages = None if memory_stages is None else numbers_of("memory_stages", memory_stages)
-        references, calibration = plain_paths("references", references), plain_paths("calibration", calibration)
+        references, calibration = plain_paths(references), plain_paths(calibration, "calibration")
         architecture = architecture_of(backbone, quick_gelu, image_size, aspect_ratio, tile_size)
         tapped = architecture.check_stages(stages)
         settings = Settings(

@@ -20,7 +20,7 @@ from .clip.architecture import BUILT_IN_CLIPS, ClipArchitecture
 from .clip.backbone import ClipBackbone
 from .clip.state_dict import read_state_dict
 from .clip.weights import AUTHORS_ADAPTERS, authors_adapters
-from .files import is_file, write_atomically
+from .files import is_file, sha256, write_atomically
 
 # The mapping in the authors' files (train.py).
 AUTHORS_KEY = "trainable_linearlayer"
@@ -194,14 +194,17 @@ def resolve_adapters(adapters: str, datamodule: AnomalibDataModule | None, archi
 
 def adapter_path(source: str) -> Path:
     """File of what :func:`resolve_adapters` returned; the authors' are fetched where they are missing."""
-    if source in AUTHORS_ADAPTERS:
-        return authors_adapters(source)
-    path = Path(source).expanduser()
+    return authors_adapters(source) if source in AUTHORS_ADAPTERS else Path(source).expanduser()
+
+
+def digest_of_adapters(source: str) -> str:
+    """SHA-256 of the file of what :func:`resolve_adapters` returned; a FileNotFoundError where there is none."""
+    path = adapter_path(source)
     if not is_file(path):
         known = ", ".join(["auto", *AUTHORS_ADAPTERS])
-        msg = f"`adapters`: no weight file {shown(str(path))}. Pass an existing file, or one of {known}."
+        msg = f"`adapters`: no weight file {shown(str(path), 200)}. Pass an existing file, or one of {known}."
         raise FileNotFoundError(msg)
-    return path
+    return sha256(path)
 
 
 def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:

@@ -76,7 +76,9 @@ class Settings:
                 raise ValueError(msg)
 
     def _check_references(self) -> None:
-        check_int("k_shot", self.k_shot, 0, hint=" (0 for zero-shot)")
+        if check_int("k_shot", self.k_shot, -SEED_LIMIT) < 0:
+            msg = f"`k_shot` must be 0 (zero-shot) or more, got {self.k_shot}."
+            raise ValueError(msg)
         if self.references is not None and not self.k_shot:
             msg = "`references` are given but `k_shot` is 0. Set `k_shot` to the number of them to use."
             raise ValueError(msg)
@@ -132,10 +134,10 @@ def source_of(argument: str, value: object) -> str:
 
 def numbers_of(argument: str, value: object) -> tuple[int, ...]:
     """Blocks as a tuple; :meth:`ClipArchitecture.check_stages` says which there are."""
-    return tuple(check_int(argument, entry, 1) for entry in check_list(argument, value, "a list of blocks"))
+    return tuple(check_int(argument, entry, -SEED_LIMIT) for entry in check_list(argument, value, "a list of blocks"))
 
 
-def plain_paths(argument: str, paths: References | None) -> PlainPaths | None:
+def plain_paths(paths: References | None, argument: str = "references") -> PlainPaths | None:
     """Paths as a checkpoint can hold them: as text; an error for empty ones, which would mean the working folder."""
     if paths is None:
         return None
@@ -184,6 +186,7 @@ def _check_maps(smoothing_sigma: float, neighbourhood: int, size: tuple[int, int
             f"pixels: it must be below {(min(size) - 0.5) / 4.0:g}, got {smoothing_sigma}."
         )
         raise ValueError(msg)
-    if check_int("neighbourhood", neighbourhood, 1, MAX_SIDE, ", an odd number of patches") % 2 == 0:
+    check_int("neighbourhood", neighbourhood, -MAX_SIDE, MAX_SIDE)
+    if neighbourhood < 1 or neighbourhood % 2 == 0:
         msg = f"`neighbourhood` must be an odd number of patches, 1 for each patch alone, got {neighbourhood}."
         raise ValueError(msg)

@@ -224,7 +224,7 @@ def test_a_prediction_leaves_a_table(
     with caplog.at_level(logging.INFO, logger=table.rank_zero_info.__module__):
         batches = engine_of(tmp_path).predict(model, data_path=parts)
     (path,) = tmp_path.rglob("decisions.csv")
-    assert path.parent == tmp_path / "AprilGAN" / "latest"
+    assert path.parent == (tmp_path / "AprilGAN" / "latest").resolve()
     lines = read(path)
     assert lines[0] == "image_path|class_name|score|decision"
     assert lines[2] == f"{parts / 'b.png'}|||unreadable"

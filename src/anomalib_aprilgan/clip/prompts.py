@@ -45,11 +45,11 @@ class PromptEnsemble:
                 msg = f"`prompts.{name}` must hold at least one entry, got none."
                 raise ValueError(msg)
             for entry in entries:
-                if not isinstance(entry, str) or len(entry) > LONGEST or not _has_one_slot(entry):
-                    msg = (
-                        f"`prompts.{name}` entries need exactly one '{{}}' and at most {LONGEST} characters, "
-                        f"got {shown(entry)}."
-                    )
+                if isinstance(entry, str) and len(entry) > LONGEST:
+                    msg = f"`prompts.{name}` entries must have at most {LONGEST} characters, got {len(entry)}."
+                    raise ValueError(msg)
+                if not isinstance(entry, str) or not _has_one_slot(entry):
+                    msg = f"`prompts.{name}` entries need exactly one '{{}}', got {shown(entry)}."
                     raise ValueError(msg)
         number = max(len(self.normal), len(self.anomalous)) * len(self.templates)
         if number > _MOST_SENTENCES:
@@ -107,11 +107,11 @@ class PromptEnsemble:
 
     def sentences(self, class_name: str) -> tuple[list[str], list[str]]:
         """The normal and the anomalous sentences of a class name as it is ("metal_nut"), state by state."""
-        if not class_name.strip() or len(class_name) > LONGEST:
-            msg = (
-                f"`class_name` must name an object in at most {LONGEST} characters, got {shown(class_name)}. "
-                "Try 'object' if nothing better is known."
-            )
+        if not class_name.strip():
+            msg = f"`class_name` must name an object, got {class_name!r}. Try 'object' if nothing better is known."
+            raise ValueError(msg)
+        if len(class_name) > LONGEST:
+            msg = f"`class_name` must have at most {LONGEST} characters, got {len(class_name)}."
             raise ValueError(msg)
         return self._expand(self.normal, class_name), self._expand(self.anomalous, class_name)
 
@@ -123,7 +123,7 @@ class PromptEnsemble:
 
 def _read_mapping(content: object, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not (known is None or set(content) <= set(known)):
-        found = shown(sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__)
+        found = shown(sorted(map(str, content))) if isinstance(content, Mapping) else type(content).__name__
         msg = f"`prompts`: {where} must be a mapping with keys out of {known or 'the class names'}, got {found}."
         raise ValueError(msg)
     return {str(key): value for key, value in content.items()}

@@ -19,7 +19,6 @@ from torchvision.transforms.v2 import Transform
 
 from ..checks import (
     SEED_LIMIT,
-    check_choice,
     check_int,
     check_list,
     check_loaders,
@@ -277,7 +276,9 @@ def _gather(
         msg = f"`dataset` must be one of {tuple(_DATASETS)}, got {shown(dataset)}. Give others as `datamodules`."
         raise ValueError(msg)
     module, known = _DATASETS[dataset]
-    for category in categories or []:
-        check_choice("categories", category, known)
+    unknown = [category for category in categories or [] if not isinstance(category, str) or category not in known]
+    if unknown:
+        msg = f"`categories` must be out of {known}, got {shown(unknown)}."
+        raise ValueError(msg)
     options = {} if root is None else {"root": check_text("root", root, "a folder")}
     return [*(module(category=category, **options) for category in categories or known), *(datamodules or [])]

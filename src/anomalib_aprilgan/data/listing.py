@@ -73,14 +73,15 @@ class DataAtHand:
 
 def augmentations_of(loaders: object, pre_processor: object) -> Transform | None:
     """What the images of loaders go through before the model's own resize, which anomalib puts at the end of it."""
-    resizes = extract_transforms_by_type(getattr(pre_processor, "transform", None), Resize)
+    # By what they do: a checkpoint brings its own objects.
+    resizes = {str(one) for one in extract_transforms_by_type(getattr(pre_processor, "transform", None), Resize)}
     for entry in entries(loaders):
         dataset = getattr(entry, "dataset", None)
         while isinstance(dataset, Subset):
             dataset = dataset.dataset
         given = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
         parts = list(given.transforms) if isinstance(given, Compose) else [given]
-        own = [part for part in parts if part is not None and part not in resizes]
+        own = [part for part in parts if part is not None and str(part) not in resizes]
         if own:
             return Compose(own)
     return None

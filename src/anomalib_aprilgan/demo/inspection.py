@@ -14,10 +14,8 @@ from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from torchvision.transforms.v2 import Transform
 
 from ..checks import (
-    SEED_LIMIT,
-    check_bool,
+        check_bool,
     check_choice,
-    check_int,
     check_loaders,
     check_optional,
     check_share,
@@ -86,7 +84,6 @@ class DrawnInspection(AnomalibDataModule):
         val_split_ratio: float = 0.5,
     ) -> None:
         check_loaders(train_batch_size=train_batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers)
-        check_int("seed", seed, 0, SEED_LIMIT - 1)
         check_bool("random_style", random_style)
         for name, of_stage in (
             ("train_augmentations", train_augmentations),

@@ -14,9 +14,8 @@ from ..clip.prompts import ALIASES
 from ..data.listing import class_name_of
 from ..data.pre_processing import describe, prepared
 from ..data.references import ReferenceSource, content_digests, read_reference, references_of_class
-from ..files import sha256
 from ..network.model import AprilGANModel
-from ..provenance import adapter_path, check_shapes, load_resolved_adapters, resolve_adapters
+from ..provenance import check_shapes, digest_of_adapters, load_resolved_adapters, resolve_adapters
 from ..recipe import Recipe, RowRecipes
 from ..settings import Settings
 from .workplace import Made, Workplace, tiles_of
@@ -49,7 +48,7 @@ def load_adapters(place: Workplace) -> None:
     if place.datamodule is None and made.adapters is not None:
         return  # a plain folder goes on with what "auto" chose before
     source = resolve_adapters(settings.adapters, place.datamodule, settings.architecture)
-    wanted = Recipe.of(file=sha256(adapter_path(source)))
+    wanted = Recipe.of(file=digest_of_adapters(source))
     if made.adapters == wanted:
         return
     state_dict, provenance = load_resolved_adapters(source)

@@ -101,7 +101,8 @@ def _show(batch: ImageBatch, pl_module: LightningModule) -> None:
     ours = model.post_processor
     is_ours = isinstance(ours, AprilGANPostProcessor)
     fusion: ScoreFusion = ours.fusion if is_ours else model.own_fusion
-    if ours.fuse_map_maximum if is_ours else model.model.few_shot is not None:
+    is_fused = ours.fuse_map_maximum if is_ours else model.model.few_shot is not None
+    if is_fused and shown.pred_score is not None:
         floor, ceiling = fusion.range(model.model.map_ceiling)
         low, high = floor.min(), torch.maximum(ceiling.max(), floor.min() + 1e-6)
         shown.pred_score = (shown.pred_score - low) / (high - low)

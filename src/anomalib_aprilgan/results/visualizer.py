@@ -46,7 +46,7 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
 
     def __init__(self, output_dir: str | Path | None = None, max_side: int = 1024) -> None:
         super().__init__()
-        check_int("max_side", max_side, 64, 2**16, " pixels")
+        check_int("max_side", max_side, 64, hint=" pixels")
         self.output_dir = None if output_dir is None else Path(check_text("output_dir", output_dir, "a folder"))
         self.max_side = max_side
         self._folders: dict[Path, Path] = {}
