@@ -65,6 +65,7 @@ def test_figures_are_those_of_scikit_learn(product: study.Product, monkeypatch: 
     assert scores["dent"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_command_prints_tables_and_writes_every_value(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

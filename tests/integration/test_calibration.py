@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from anomalib.data import MVTecAD
@@ -178,12 +177,6 @@ def test_tiles(april_gan: Build) -> None:
 def test_exports_carry_the_thresholds(calibrated: AprilGAN, tmp_path: Path) -> None:
     images = images_of(good("bottle"))
     ours, values = calibrated(images), post_processor(calibrated).values()
-    session = onnxruntime.InferenceSession(calibrated.to_onnx(tmp_path))
-    given = {session.get_inputs()[0].name: images.numpy()}
-    outputs = dict(zip([output.name for output in session.get_outputs()], session.run(None, given), strict=True))
-    np.testing.assert_allclose(outputs["pred_score"], ours.pred_score.numpy(), atol=1e-5)
-    np.testing.assert_array_equal(outputs["pred_label"], ours.pred_label.numpy())
-
     exported = torch.load(calibrated.to_torch(tmp_path), weights_only=False)["model"]  # our own file
     torch.testing.assert_close(exported(images).pred_score, ours.pred_score)
     assert exported.post_processor.values() == values

@@ -90,6 +90,7 @@ def test_onnx_and_openvino_agree_with_torch_for_any_batch(exported: Exported) ->
             assert np.abs(by_openvino[name] - reference).max() < tolerance
 
 
+@pytest.mark.slow
 def test_export_at_a_fixed_size_keeps_the_batch_open(april_gan: Callable[..., AprilGAN], tmp_path: Path) -> None:
     model = april_gan(class_name="bottle")
     run_onnx = _onnx_runner(model.to_onnx(tmp_path, input_size=(120, 80)))

@@ -158,6 +158,7 @@ def test_largest_smoothing_just_fits(april_gan: Build) -> None:
     assert model.eval()(some_images()).anomaly_map.isfinite().all()
 
 
+@pytest.mark.slow
 def test_command_prints_a_table_and_writes_every_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

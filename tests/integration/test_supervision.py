@@ -28,6 +28,7 @@ def test_users_have_what_they_are_said_to_have_and_as_much_of_it(few_pictures: N
         assert any(item.gt_label for item in items)
 
 
+@pytest.mark.slow
 def test_table_and_file(few_pictures: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     supervision.main(["--root", str(tmp_path / "drawn"), "--out", str(out), "--seeds", "1", "--epochs", "1"])

@@ -225,6 +225,7 @@ def own_memory() -> int:
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="what memory is taken is read from /proc")
+@pytest.mark.slow
 def test_memory_of_a_very_large_image() -> None:
     """8192 x 4096 pixels through all of the model: the image takes 403 MB, its map 134."""
     model = AprilGAN(**BUILT_IN, class_name="leather", tile_size=1024).eval()

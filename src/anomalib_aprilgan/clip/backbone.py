@@ -124,7 +124,7 @@ class ClipBackbone(nn.Module):
         if text is None:
             msg = "This backbone carries no text tower (an exported model): class names cannot be encoded any more."
             raise RuntimeError(msg)
-        tokens = self._tokenizer(sentences).to(text.positional_embedding.device)
+        tokens = library.tokens_of(*self._tokenizing, tuple(sentences)).to(text.positional_embedding.device)
         if text.text_pool_type in {"argmax", "eos"}:  # CLIP's own end token is the highest of all
             pooled_at = (tokens if text.text_pool_type == "argmax" else (tokens == text.text_eos_id).int()).argmax(-1)
         else:
@@ -141,24 +141,28 @@ class ClipBackbone(nn.Module):
         return pooled.float()
 
     @property
-    def _tokenizer(self) -> Any:  # noqa: ANN401  # one of open_clip's
+    def _tokenizing(self) -> tuple[str | None, int, str]:
+        """What a tokenizer of this text tower is made from."""
         config = self.architecture.config["text_cfg"]
         options = json.dumps(config.get("tokenizer_kwargs") or {})
-        return library.tokenizer(config.get("hf_tokenizer_name"), config.get("context_length", 77), options)
+        return config.get("hf_tokenizer_name"), config.get("context_length", 77), options
 
     def _check_length(self, normal: list[str], anomalous: list[str]) -> None:
-        sentences = [*normal, *anomalous]
-        rows = [tuple(row) for row in self._tokenizer(sentences).tolist()]
-        full = [sentence for sentence, row in zip(sentences, rows, strict=True) if row[-1]]
-        cut = library.cut_words(self._tokenizer, full, len(rows[0]))
+        tokens = [library.tokens_of(*self._tokenizing, tuple(sentences)) for sentences in (normal, anomalous)]
+        if not any(part[:, -1].any() for part in tokens):  # the context of each sentence ends in padding
+            return
+        good, bad = ({tuple(row) for row in part.tolist()} for part in tokens)
+        ends = torch.cat(tokens)[:, -1].tolist()
+        full = [sentence for sentence, end in zip([*normal, *anomalous], ends, strict=True) if end]
+        context = tokens[0].shape[1]
+        cut = library.cut_words(library.tokenizer(*self._tokenizing), full, context)
         if not cut:
             return
         longest = max(cut, key=lambda sentence: len(cut[sentence]))
         told = (
-            f"`class_name`, `prompts`: {len(cut)} sentences are longer than the {len(rows[0])} tokens that this CLIP "
+            f"`class_name`, `prompts`: {len(cut)} sentences are longer than the {context} tokens that this CLIP "
             f"reads; of {shown(longest)} it does not read {shown(cut[longest], 300)}."
         )
-        good, bad = {*rows[: len(normal)]}, {*rows[len(normal) :]}
         if not good.isdisjoint(bad) or len(bad) < len({*anomalous}):
             msg = f"{told} Sentences about good and bad parts become the same: use fewer words."
             raise ValueError(msg)

@@ -66,6 +66,13 @@ def tokenizer(
     return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
 
 
+@lru_cache(maxsize=32)  # the sentences of a class, of every model of it
+def tokens_of(hub_name: str | None, context_length: int, options: str, sentences: tuple[str, ...]) -> Tensor:
+    """Tokens ``(len(sentences), context_length)`` of :func:`tokenizer`, not to be changed."""
+    tokens: Tensor = tokenizer(hub_name, context_length, options)(list(sentences))
+    return tokens
+
+
 def cut_words(
     tokenize: open_clip.SimpleTokenizer | open_clip.HFTokenizer, sentences: Sequence[str], context_length: int
 ) -> dict[str, str]:
