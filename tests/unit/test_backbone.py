@@ -3,6 +3,7 @@
 import hashlib
 import json
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.clip import weights
 from anomalib_aprilgan.clip.architecture import ClipArchitecture
 from anomalib_aprilgan.clip.backbone import ClipBackbone, load_clip
@@ -480,3 +482,20 @@ class TestTags:
         monkeypatch.setattr(weights, "hf_hub_download", download)
         assert load(hf_hub="owner/clip/").digest == backbone().digest
         assert asked == ["owner/clip/open_clip_model.safetensors", "owner/clip/open_clip_pytorch_model.safetensors"]
+
+
+LONG = "connector housing of glass fibre reinforced polyamide with gold plated contact pins in two rows " * 4
+
+
+def test_names_longer_than_the_context_are_an_error_where_states_are_lost(april_gan: Callable[..., AprilGAN]) -> None:
+    with pytest.raises(ValueError, match=r"`class_name`, `prompts`: \d+ sentences are longer than the 77 .* same"):
+        april_gan(class_name=LONG).setup("predict")
+
+
+def test_words_that_are_cut_are_named(april_gan: Callable[..., AprilGAN]) -> None:
+    prompts = {"normal": ["flawless {}"], "anomalous": ["broken {}"], "templates": ["a photo of {} at the end."]}
+    with pytest.warns(UserWarning, match=r"longer than the 77 tokens .* it does not read '.*two rows"):
+        april_gan(class_name=LONG, prompts=prompts).setup("predict")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        april_gan(class_name="connector housing", prompts=prompts).setup("predict")

@@ -410,3 +410,16 @@ class TestModel:
         model = april_gan(class_name="part").eval()
         with pytest.raises(ValueError, match=r"floats in \[0, 1\]"):
             model(change(torch.rand(1, 3, 50, 60)))
+
+
+def test_large_images_are_resized_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.rand(3, 150, 70, generator=torch.Generator().manual_seed(0))
+    eight_bit, mask = (image * 255).to(torch.uint8), (image[0] > 0.5).to(torch.uint8)
+
+    def resized() -> list[Tensor]:
+        return [resize_image(image, (64, 48)), resize_image(eight_bit, (64, 48)), resize_mask(mask, (9, 7))]
+
+    whole = resized()
+    monkeypatch.setattr("anomalib_aprilgan.data.pre_processing._PIXELS_AT_ONCE", 5000)
+    for one, other in zip(whole, resized(), strict=True):
+        assert torch.equal(one, other)

@@ -291,6 +291,37 @@ class TestSize:
     def test_line_scans_fit(self) -> None:
         assert reading.MAX_PIXELS > 16384 * 16384
 
+    def test_the_limit_can_be_set(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Image.fromarray(pixels()).save(tmp_path / "a.png")
+        monkeypatch.setenv("ANOMALIB_APRILGAN_MAX_PIXELS", str(48 * 64))
+        assert load_image(tmp_path / "a.png").shape == (3, 48, 64)
+        monkeypatch.setenv("ANOMALIB_APRILGAN_MAX_PIXELS", str(48 * 64 - 1))
+        with pytest.raises(UnreadableImageError, match=r"64 x 48 is more than 3071 pixels; .* set ANOMALIB"):
+            load_image(tmp_path / "a.png")
+        for wrong in ("0", "-5", "many", "1e9"):
+            monkeypatch.setenv("ANOMALIB_APRILGAN_MAX_PIXELS", wrong)
+            with pytest.raises(ValueError, match=f"`ANOMALIB_APRILGAN_MAX_PIXELS` must be .* got '{wrong}'"):
+                load_image(tmp_path / "a.png")
+
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+    @pytest.mark.parametrize("place", ["read", "resize"])
+    def test_out_of_memory_is_an_unreadable_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+    ) -> None:
+        for name in "ab":
+            Image.fromarray(pixels()).save(tmp_path / f"{name}.png")
+
+        def fail(*_: object) -> None:
+            raise error
+
+        if place == "read":
+            monkeypatch.setattr(reading, "_to_tensor", fail)
+        dataset = PredictDataset(tmp_path)
+        message = "b.png cannot be read as an image .there is not enough memory for it; cut it into pieces"
+        resize = fail if place == "resize" else None
+        with read_rightly(dataset, resize), pytest.raises(UnreadableImageError, match=message):
+            dataset[1]
+
 
 def write_wide(path: Path) -> Path:
     """A 16-bit image, which anomalib reads as white."""
