@@ -484,7 +484,7 @@ class TestTags:
         assert asked == ["owner/clip/open_clip_model.safetensors", "owner/clip/open_clip_pytorch_model.safetensors"]
 
 
-LONG = "connector housing of glass fibre reinforced polyamide with gold plated contact pins in two rows " * 4
+LONG = "connector housing of glass fibre reinforced polyamide with gold plated contact pins in two rows " * 6
 
 
 def test_names_longer_than_the_context_are_an_error_where_states_are_lost(april_gan: Callable[..., AprilGAN]) -> None:
