@@ -19,7 +19,7 @@ from .clip.prompts import PromptEnsemble
 from .data.references import content_digests
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
-from .files import check_no_bomb, is_file
+from .files import check_no_bomb, damaged, is_file
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
@@ -103,12 +103,7 @@ def check_file(path: str | Path) -> None:
         with anomalib_safe_globals():
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        msg = (
-            f"`ckpt_path`: {file} ({file.stat().st_size} bytes) cannot be read as a checkpoint: is it complete? "
-            f"The reader says: {reason}"
-        )
-        raise ValueError(msg) from error
+        raise damaged("ckpt_path", file, " as a checkpoint: is it complete?", error) from error
     if not (isinstance(content, dict) and {"state_dict", "pytorch-lightning_version"} <= set(content)):
         msg = f"`ckpt_path`: {file} is no checkpoint that a trainer wrote. Weights alone are given as `adapters`."
         raise ValueError(msg)

@@ -124,6 +124,13 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def damaged(argument: str, path: Path, question: str, error: Exception) -> ValueError:
+    """The error for a file that its reader cannot read, which names the argument and the file and asks the user."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    size = path.stat().st_size if is_file(path) else 0
+    return ValueError(f"`{argument}`: {path} ({size} bytes) cannot be read{question} The reader says: {reason}")
+
+
 def check_no_bomb(path: Path) -> None:
     """Raise a ValueError for an archive that unpacks to far more than its size; torch saves without compression."""
     if zipfile.is_zipfile(path):

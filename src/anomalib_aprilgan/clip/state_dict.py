@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import check_no_bomb, is_file
+from ..files import check_no_bomb, damaged, is_file
 
 # The buffers of an OpenAI archive that are no weights.
 _ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
@@ -44,12 +44,8 @@ def read_state_dict(
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        msg = (
-            f"`{argument}`: {path} ({path.stat().st_size} bytes) cannot be read: is it complete, and are these "
-            f"weights (.safetensors, .pt, .pth)? The reader says: {reason}"
-        )
-        raise ValueError(msg) from error
+        question = ": is it complete, and are these weights (.safetensors, .pt, .pth)?"
+        raise damaged(argument, path, question, error) from error
     if isinstance(content, dict) and isinstance(content.get(nested_under), dict):
         content = content[nested_under]
     is_mapping = isinstance(content, dict) and content
