@@ -103,7 +103,8 @@ def check_file(path: str | Path) -> None:
         with anomalib_safe_globals():
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers meet a damaged file with a dozen kinds of exceptions
-        raise damaged("ckpt_path", file, " as a checkpoint: is it complete?", error) from error
+        told = damaged("ckpt_path", file, " as a checkpoint: is it complete?", error)
+        raise told from error
     if not (isinstance(content, dict) and {"state_dict", "pytorch-lightning_version"} <= set(content)):
         msg = f"`ckpt_path`: {file} is no checkpoint that a trainer wrote. Weights alone are given as `adapters`."
         raise ValueError(msg)
