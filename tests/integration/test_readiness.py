@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.decision.calibration import Calibration, Thresholds
 
 from ..conftest import DATASET
 from .runs import adapters, auxiliary, by_path, category, engine, equal, good, read
@@ -382,6 +383,34 @@ def test_several_first_callers_load_clip_once(april_gan: Build, monkeypatch: pyt
     assert len(built) == 1
     with torch.no_grad():
         assert all(torch.equal(found[place], model(images, name).pred_score) for place, name in enumerate(names))
+
+
+def test_a_caller_in_the_middle_of_the_calibration_waits(april_gan: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    options = {"class_name": "bottle", "k_shot": 2, "references": str(good("bottle")), "calibration": "references"}
+    with torch.no_grad():
+        expected = april_gan(**options, false_positive_rate=0.1).eval()(images)
+        model, found = april_gan(**options, false_positive_rate=0.1).eval(), {}
+        begun, measure = threading.Event(), Calibration.thresholds
+
+        def call(place: str) -> None:
+            with torch.no_grad():
+                found[place] = model(images)
+
+        def slowly(self: Calibration, *arguments: Any) -> Thresholds:
+            begun.set()
+            time.sleep(0.3)
+            return measure(self, *arguments)
+
+        monkeypatch.setattr(Calibration, "thresholds", slowly)
+        first = threading.Thread(target=call, args=("first",))
+        first.start()
+        begun.wait(20)
+        call("in the middle")
+        first.join()
+    for answer in found.values():
+        assert torch.equal(answer.pred_score, expected.pred_score)
+    assert len(found) == 2
 
 
 def test_nothing_is_made_twice(april_gan: Build, tmp_path: Path) -> None:

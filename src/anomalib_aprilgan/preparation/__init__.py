@@ -31,6 +31,14 @@ def prepare(place: Workplace, stage: str, *, single: bool) -> bool:
     says whether bounds and thresholds are new, and not learned yet. Files that are missing raise a FileNotFoundError,
     those that do not fit a ValueError.
     """
+    place.made.is_changing = True
+    try:
+        return _prepare(place, stage, single=single)
+    finally:
+        place.made.is_changing = False
+
+
+def _prepare(place: Workplace, stage: str, *, single: bool) -> bool:
     settings, made = place.settings, place.made
     attach_clip(settings, made, place.network, place.device)
     load_adapters(place)
@@ -58,9 +66,12 @@ def prepare(place: Workplace, stage: str, *, single: bool) -> bool:
 
 
 def is_ready(settings: Settings, made: Made, network: AprilGANModel) -> bool:
-    """Whether images can be predicted as they were asked for, references included."""
+    """Whether images can be predicted as they were asked for, references included.
+
+    Not while another thread is making things: who asks then waits for it.
+    """
     has_adapters = settings.adapters is None or made.has_trained or made.adapters is not None
-    if not (network.has_backbone and has_adapters and len(made.classes)):
+    if made.is_changing or not (network.has_backbone and has_adapters and len(made.classes)):
         return False
     scorer = network.few_shot
     if settings.k_shot and scorer is None:

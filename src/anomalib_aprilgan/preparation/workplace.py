@@ -28,6 +28,7 @@ class Made:
 
     ``adapters`` is ``None`` for fresh ones and for those of a checkpoint. ``has_trained`` says that fresh ones were
     trained here, or came with a checkpoint. ``clip`` is the digest of the CLIP that a checkpoint was made with.
+    ``is_changing`` says that a thread is making things now.
     """
 
     classes: Classes = field(default_factory=Classes)
@@ -36,6 +37,7 @@ class Made:
     provenance: Provenance = field(default_factory=Provenance)
     has_trained: bool = False
     clip: str | None = None
+    is_changing: bool = False
 
     @property
     def references(self) -> dict[str, list[str]]:
