@@ -104,8 +104,7 @@ class ClipBackbone(nn.Module):
         """Text features ``(D, 2)`` of sentences about good parts and about bad ones, with columns of norm 1.
 
         Every sentence is normalised, then averaged, then normalised (authors' prompt_ensemble.py). A sentence that is
-        longer than the context is a warning; a ValueError where that makes a good and a bad one the same, or two bad
-        ones.
+        longer than the context is a warning, a ValueError where no other is left that tells good from bad.
         """
         self._check_length(normal, anomalous)
         features = [
@@ -163,10 +162,11 @@ class ClipBackbone(nn.Module):
             f"`class_name`, `prompts`: {len(cut)} sentences are longer than the {context} tokens that this CLIP "
             f"reads; of {shown(longest)} it does not read {shown(cut[longest], 300)}."
         )
-        if not good.isdisjoint(bad) or len(bad) < len({*anomalous}):
-            msg = f"{told} Sentences about good and bad parts become the same: use fewer words."
+        if bad <= good or good <= bad:
+            msg = f"{told} Nothing tells bad parts from good ones any more: use fewer words."
             raise ValueError(msg)
-        warnings.warn(f"{told} Use fewer words.", stacklevel=2)
+        same = f" {len(good & bad)} sentences are the same for good and bad parts." if good & bad else ""
+        warnings.warn(f"{told}{same} Use fewer words.", stacklevel=2)
 
 
 def load_clip(architecture: ClipArchitecture, pretrained: str) -> ClipBackbone:
