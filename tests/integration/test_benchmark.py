@@ -366,7 +366,9 @@ def test_all_training_images_for_models_that_learn(tmp_path: Path) -> None:
     assert "| all images | PatchCore (random weights) |" in (results / "tables.md").read_text()
 
 
-@pytest.mark.parametrize(("dataset", "write"), [("MVTecAD", write_mvtec_ad), ("Visa", write_visa)])
+@pytest.mark.parametrize(
+    ("dataset", "write"), [("MVTecAD", write_mvtec_ad), pytest.param("Visa", write_visa, marks=pytest.mark.slow)]
+)
 def test_reproduce_config_goes_through_on_a_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, write: Callable[..., None]
 ) -> None:

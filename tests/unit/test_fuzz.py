@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib.data import InferenceBatch
 
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.data import AuxiliaryData, MultiCategoryData
@@ -45,15 +46,18 @@ def generator(seed: int) -> random.Random:
     return random.Random(seed)  # noqa: S311  # no secret
 
 
+def assert_decided(found: InferenceBatch) -> None:
+    """A number, or not good: damaged weights may be finite and as large as numbers can be."""
+    assert (found.pred_score.isfinite() | found.pred_label).all()
+
+
 def judged(build: Build, arguments: dict[str, Any], class_name: str | None = None) -> None:
     """Build, make ready and ask once."""
     model = build(**arguments)
     model.setup("predict")
     if len(model.classes) > 1 and model.classes.default is None:
         class_name = model.classes.names[0]
-    found = model(torch.rand(1, 3, 40, 40), class_name)
-    assert found.pred_score.isfinite().all()
-    assert found.anomaly_map.isfinite().all()
+    assert_decided(model(torch.rand(1, 3, 40, 40), class_name))
 
 
 def wrong(results: dict[str, str]) -> str:
@@ -141,7 +145,7 @@ def test_files(april_gan: Build, small_clip: SmallClip, tmp_path: Path, count: i
             if kind == "ckpt_path":
                 loaded = AprilGAN.load_from_checkpoint(path)
                 loaded.setup("predict")
-                assert loaded(torch.rand(1, 3, 40, 40)).pred_score.isfinite().all()
+                assert_decided(loaded(torch.rand(1, 3, 40, 40)))
             else:
                 judged(april_gan, {kind: str(path)})
 

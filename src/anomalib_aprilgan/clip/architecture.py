@@ -30,6 +30,7 @@ _MOST = {
     "embed_dim": 8192, "width": 16384, "layers": 256, "heads": 256, "head_width": 1024, "patch_size": 1024,
     "context_length": 8192, "vocab_size": 2_000_000,
 }  # fmt: skip
+_USUAL_PATCH = 16  # pixels, where a configuration says none (open_clip's CLIPVisionCfg)
 # By name of the architecture; filled when the package is imported.
 BUILT_IN_CLIPS: dict[str, BuiltInClip] = {}
 
@@ -65,7 +66,7 @@ class ClipArchitecture:
             msg = f"`backbone` must be a CLIP with open_clip's plain ViT and text transformer, got {backbone!r}."
             raise ValueError(msg)
         _check_sizes(config, backbone)
-        patch = vision["patch_size"]
+        patch = vision.setdefault("patch_size", _USUAL_PATCH)
         if any(side <= 0 or side % patch for side in image_size):
             nearest = " x ".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
             msg = (
