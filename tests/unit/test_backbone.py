@@ -508,3 +508,19 @@ def test_words_that_are_cut_are_named(april_gan: Callable[..., AprilGAN]) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         april_gan(class_name="connector housing", prompts=prompts).setup("predict")
+
+
+@pytest.mark.parametrize("part", ["vision_cfg", "text_cfg", None])
+def test_what_a_configuration_leaves_out_is_usual_or_named(small_clip: Any, tmp_path: Path, part: str | None) -> None:
+    whole = json.loads(small_clip.gelu.read_text())
+    for key in whole if part is None else whole[part]:
+        config = json.loads(small_clip.gelu.read_text())
+        del (config if part is None else config[part])[key]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            found = ClipArchitecture.load(str(tmp_path / "config.json"), (96, 96), None)
+        except ValueError as error:
+            assert "`backbone`" in str(error)  # noqa: PT017  # either is right
+        else:
+            assert found.grid[0] * found.config["vision_cfg"]["patch_size"] == 96
+            assert found.width % 64 == 0

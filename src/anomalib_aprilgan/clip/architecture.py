@@ -30,7 +30,8 @@ _MOST = {
     "embed_dim": 8192, "width": 16384, "layers": 256, "heads": 256, "head_width": 1024, "patch_size": 1024,
     "context_length": 8192, "vocab_size": 2_000_000,
 }  # fmt: skip
-_USUAL_PATCH = 16  # pixels, where a configuration says none (open_clip's CLIPVisionCfg)
+# Where a configuration does not say it (open_clip's CLIPVisionCfg).
+_USUAL = {"width": 768, "patch_size": 16}
 # By name of the architecture; filled when the package is imported.
 BUILT_IN_CLIPS: dict[str, BuiltInClip] = {}
 
@@ -56,6 +57,7 @@ class ClipArchitecture:
         """
         config = _read_config(backbone)
         vision, text = (_part(config, name, backbone) for name in ("vision_cfg", "text_cfg"))
+        config["vision_cfg"] = vision = _USUAL | vision
         foreign = {"timm_model_name", "multimodal_cfg", "hf_model_name"} & {
             *vision,
             *config,
@@ -66,7 +68,7 @@ class ClipArchitecture:
             msg = f"`backbone` must be a CLIP with open_clip's plain ViT and text transformer, got {backbone!r}."
             raise ValueError(msg)
         _check_sizes(config, backbone)
-        patch = vision.setdefault("patch_size", _USUAL_PATCH)
+        patch = vision["patch_size"]
         if any(side <= 0 or side % patch for side in image_size):
             nearest = " x ".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
             msg = (
