@@ -15,7 +15,8 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from torch import Tensor
 
-from .metrics import StreamingMetrics, measure
+from .metrics import measure
+from .streaming import StreamingMetrics
 
 
 class Collection:

@@ -1,4 +1,4 @@
-"""The metrics of the paper and anomalib's beside them, exact or in bounded memory.
+"""The metrics of the paper and anomalib's beside them, exact; :mod:`.streaming` takes them in bounded memory.
 
 Every figure but the published PRO follows from the counts at or above each distinct anomalous score,
 so the normal pixels are never looked at one by one:
@@ -22,6 +22,7 @@ class alone, and ``aupro`` where no two different false-positive rates lie below
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,24 +46,19 @@ METRICS: tuple[str, ...] = (
 RATE_LIMIT = 0.3
 THRESHOLDS = 200
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
-# Of the streaming form: at most two million distinct scores; twice as many pixels are sorted at once, to make up
-# for joining them to what is there.
-DISTINCT_SCORES = 2**21
-PIXELS_AT_ONCE = 2**22
 
 Values = NDArray[np.floating[Any]]
 Counts = NDArray[np.int64]
-Keys = NDArray[np.uint32]
+Arrays = NDArray[Any] | Sequence[NDArray[Any]]
 
 
-def measure(
-    masks: NDArray[Any] | None, maps: NDArray[Any] | None, labels: NDArray[Any], scores: NDArray[Any]
-) -> dict[str, float]:
+def measure(masks: Arrays | None, maps: Arrays | None, labels: NDArray[Any], scores: NDArray[Any]) -> dict[str, float]:
     """All metrics, exact.
 
     Args:
-        masks: ``(N, H, W)``, 1 for an anomalous pixel; none if there are no pixel labels.
-        maps: ``(N, H, W)``, compared in single precision; a memory map or a tensor works as well.
+        masks: ``(N, H, W)``, or ``N`` arrays ``(H_i, W_i)``, 1 for an anomalous pixel; none if there are no pixel
+            labels.
+        maps: As ``masks``, compared in single precision; a memory map or a tensor works as well.
         labels: ``(N,)``, 1 for an anomalous image.
         scores: ``(N,)``, higher for more anomalous.
 
@@ -72,180 +68,69 @@ def measure(
     Raises:
         ValueError: Shapes differ, a score is not finite, or a label is neither 0 nor 1.
     """
-    labels, scores = _checked_images(labels, scores)
+    labels, scores = checked_images(labels, scores)
     pixels = None
     if masks is not None and maps is not None:
-        masks, maps = _checked_pixels(masks, maps, len(labels))
-        parts = [_regions(mask, anomaly_map) for mask, anomaly_map in zip(masks, maps, strict=True)]
-        values = np.array(maps, dtype=np.float32).ravel()
+        masks, maps = checked_pixels(masks, maps, len(labels))
+        parts = [regions(mask, anomaly_map) for mask, anomaly_map in zip(masks, maps, strict=True)]
+        values = np.empty(sum(one.size for one in maps), np.float32)
+        np.concatenate([np.empty(0, np.float32), *map(np.ravel, maps)], out=values, casting="same_kind")
         values.sort()
-        pixels = _Curve.of(
-            _Ranking(values),
+        pixels = Curve.of(
+            Ranking(values),
             np.concatenate([np.empty(0, np.float32), *(part.values for part in parts)]),
             weights=np.concatenate([np.empty(0), *(part.weights for part in parts)]),
         )
-    return _figures(_image_curve(labels, scores), pixels)
+    return figures_of(image_curve(labels, scores), pixels)
 
 
-class StreamingMetrics:
-    """All metrics of any number of images in bounded memory, in one pass.
+def thresholds_of(lowest: np.float32, highest: np.float32) -> Values:
+    """Those of the published PRO, rising, in single precision; none where their step is no number.
 
-    Distinct pixel scores are counted, not kept; figures of up to two million are exact. Of more, scores that share
-    their leading bits are counted together, as few as that takes, and figures are off by some 1e-6. Beyond 1e-4 they
-    are off only in odd cases: scores over dozens of orders of magnitude of which many anomalous ones are all but
-    equal, or a threshold of ``aupro`` with a false-positive rate of 0.3 almost exactly, which is kept or not. Image
-    scores are kept.
+    The authors' are in double precision. The highest single at or below one compares with every score as that does.
     """
-
-    def __init__(self) -> None:
-        self._images: list[tuple[NDArray[np.bool_], Values]] = []
-        self._has_pixels: bool | None = None
-        self._shift = 0
-        self._all = _Tally.empty(columns=1)
-        self._anomalous = _Tally.empty(columns=2)  # pixels, and their shares of regions
-        self._waiting: list[Values] = []
-        self._waiting_regions: list[_Regions] = []
-        self._waiting_pixels = 0
-        self._lowest, self._highest = math.inf, -math.inf
-
-    def update(
-        self, masks: NDArray[Any] | None, maps: NDArray[Any] | None, labels: NDArray[Any], scores: NDArray[Any]
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            masks: ``(B, H, W)``, 1 for an anomalous pixel; none if no batch has pixel labels.
-            maps: ``(B, H, W)``, compared in single precision; copied.
-            labels: ``(B,)``, 1 for an anomalous image.
-            scores: ``(B,)``, higher for more anomalous.
-
-        Raises:
-            ValueError: Shapes differ, a score is not finite, a label is neither 0 nor 1, or only some batches
-                have masks and maps. Nothing of the batch is counted then.
-        """
-        labels, scores = _checked_images(labels, scores)
-        has_pixels = masks is not None and maps is not None
-        if self._has_pixels not in {None, has_pixels}:
-            state = "without" if self._has_pixels is False else "with"
-            msg = (
-                f"`masks` and `maps` must come with every batch or with none: earlier ones came {state} them, "
-                "this one did not do the same. Use one StreamingMetrics for each kind."
-            )
-            raise ValueError(msg)
-        if masks is not None and maps is not None:
-            masks, maps = _checked_pixels(masks, maps, len(labels))
-            for mask, anomaly_map in zip(masks, maps, strict=True):
-                self._add(mask, anomaly_map)
-        self._has_pixels = has_pixels
-        self._images.append((labels.copy(), scores.copy()))
-
-    def compute(self, scores: Values | None = None) -> dict[str, float]:
-        """Metrics of all batches so far.
-
-        Args:
-            scores: ``(N,)``, in place of those that came with the batches, for scores that are known at the end
-                alone (fused ones, whose bounds are those of all maps).
-
-        Returns:
-            A value for each of ``METRICS``, NaN where it does not exist.
-
-        Raises:
-            RuntimeError: There was no batch.
-            ValueError: ``scores`` are not finite or not one for each image.
-        """
-        if not self._images:
-            msg = "There is nothing to measure yet: call `StreamingMetrics.update` first."
-            raise RuntimeError(msg)
-        pixels = None
-        if self._has_pixels:
-            self._count_waiting()
-            pixels = _Curve.of(
-                _Ranking(self._scores(self._all.keys), _rising_sums(self._all.sums[0])),
-                self._scores(self._anomalous.keys),
-                counts=self._anomalous.sums[0],
-                weights=self._anomalous.sums[1],
-            )
-        labels, given = (np.concatenate(parts) for parts in zip(*self._images, strict=True))
-        labels, scores = _checked_images(labels, given if scores is None else scores)
-        return _figures(_image_curve(labels, scores), pixels)
-
-    def _add(self, mask: NDArray[Any], anomaly_map: NDArray[Any]) -> None:
-        values = np.array(anomaly_map, dtype=np.float32).ravel()
-        self._waiting.append(values)
-        self._waiting_regions.append(_regions(mask, anomaly_map))
-        self._waiting_pixels += values.size
-        if self._waiting_pixels >= PIXELS_AT_ONCE:
-            self._count_waiting()
-
-    def _count_waiting(self) -> None:
-        if not self._waiting:
-            return
-        values = np.concatenate(self._waiting)
-        regions = [np.concatenate(parts) for parts in zip(*self._waiting_regions, strict=True)]
-        self._waiting, self._waiting_regions, self._waiting_pixels = [], [], 0
-        values.sort()
-        self._lowest, self._highest = min(self._lowest, float(values[0])), max(self._highest, float(values[-1]))
-        keys = _keys(values) >> np.uint32(self._shift)
-        starts = _starts(keys)
-        counts = np.diff(starts, append=keys.size)
-        self._all = self._all.joined(keys[starts], counts[None])
-        keys = _keys(regions[0]) >> np.uint32(self._shift)
-        self._anomalous = self._anomalous.joined(keys, np.stack([np.ones(keys.size), regions[1]]))
-        while max(self._all.keys.size, self._anomalous.keys.size) > DISTINCT_SCORES:
-            self._shift += 1
-            self._all, self._anomalous = self._all.coarser(), self._anomalous.coarser()
-
-    def _scores(self, keys: Keys) -> Values:
-        scores = _values(keys << np.uint32(self._shift))  # the lowest that shares the bits
-        # PRO's thresholds are laid from end to end, and maps often have many pixels at either, say 0 and 1.
-        scores[keys == self._all.keys[:1]] = self._lowest
-        scores[keys == self._all.keys[-1:]] = self._highest
-        return scores
+    with np.errstate(over="ignore"):
+        step = (highest - lowest) / np.float32(THRESHOLDS)
+    if not 0 < step < math.inf:
+        return np.empty(0, np.float32)
+    # Step and first sum in single precision and the rest in double, as there: what numpy makes of these types.
+    exact = np.arange(lowest, highest, step, dtype=np.float64)
+    rounded = exact.astype(np.float32)
+    return np.where(rounded > exact, np.nextafter(rounded, -np.inf, dtype=np.float32), rounded)
 
 
 @dataclass(frozen=True)
-class _Tally:
-    """Sums by distinct key, keys rising: ``keys`` is ``(n,)``, ``sums`` ``(columns, n)``."""
+class Ranking:
+    """Scores of everything, rising; ``below[i]`` members come before the ``i``-th, or ``i`` if not given.
 
-    keys: Keys
-    sums: NDArray[np.float64]
-
-    @classmethod
-    def empty(cls, columns: int) -> _Tally:
-        return cls(np.empty(0, np.uint32), np.empty((columns, 0)))
-
-    @classmethod
-    def of(cls, keys: Keys, sums: NDArray[Any]) -> _Tally:
-        """Of keys in any order, repeated or not."""
-        if not keys.size:
-            return cls(keys, sums)
-        order = np.argsort(keys, kind="stable")  # two runs that rise are merged, not sorted
-        keys = keys[order]
-        starts = _starts(keys)
-        return cls(keys[starts], np.stack([np.add.reduceat(column[order], starts) for column in sums]))
-
-    def joined(self, keys: Keys, sums: NDArray[Any]) -> _Tally:
-        return _Tally.of(np.concatenate([self.keys, keys]), np.concatenate([self.sums, sums], axis=1))
-
-    def coarser(self) -> _Tally:
-        return _Tally.of(self.keys >> np.uint32(1), self.sums)
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """Scores of everything, rising; ``below[i]`` members come before the ``i``-th, or ``i`` if not given."""
+    ``extremes`` are the lowest and the highest score where ``values`` are those of bins.
+    """
 
     values: Values
     below: Counts | None = None
+    extremes: tuple[np.float32, np.float32] | None = None
+
+    @property
+    def lowest(self) -> np.float32:
+        """The lowest score."""
+        return np.float32(self.values[0]) if self.extremes is None else self.extremes[0]
+
+    @property
+    def highest(self) -> np.float32:
+        """The highest score."""
+        return np.float32(self.values[-1]) if self.extremes is None else self.extremes[1]
 
     @property
     def total(self) -> int:
+        """Number of members."""
         return self.values.size if self.below is None else int(self.below[-1])
 
     def at_or_above(self, thresholds: Values) -> Counts:
+        """Number of members at or above each threshold."""
         return self._from(np.searchsorted(self.values, thresholds, side="left"))
 
     def above(self, thresholds: Values) -> Counts:
+        """Number of members above each threshold."""
         return self._from(np.searchsorted(self.values, thresholds, side="right"))
 
     def _from(self, positions: NDArray[np.intp]) -> Counts:
@@ -253,7 +138,7 @@ class _Ranking:
 
 
 @dataclass(frozen=True)
-class _Curve:
+class Curve:
     """What lies at or above each distinct anomalous score, which fall; arrays of length ``n + 1`` start with nothing.
 
     Attributes:
@@ -265,7 +150,7 @@ class _Curve:
         false_from: ``(n,)`` normal ones at or above.
     """
 
-    everything: _Ranking
+    everything: Ranking
     thresholds: Values
     hits: Counts
     overlap: NDArray[np.float64]
@@ -275,20 +160,20 @@ class _Curve:
     @classmethod
     def of(
         cls,
-        everything: _Ranking,
+        everything: Ranking,
         anomalous: Values,
         counts: NDArray[Any] | None = None,
         weights: NDArray[np.float64] | None = None,
-    ) -> _Curve | None:
+    ) -> Curve | None:
         """None unless there are normal and anomalous members; without weights, every member is a region."""
         counts = np.ones(anomalous.size) if counts is None else counts
         if not 0 < counts.sum() < everything.total:
             return None
         order = np.argsort(anomalous)[::-1]
         falling = anomalous[order]
-        ends = np.append(_starts(falling)[1:], falling.size)
+        ends = np.append(starts_of(falling)[1:], falling.size)
         thresholds = falling[ends - 1]
-        hits = _rising_sums(counts[order])[np.append(0, ends)]
+        hits = rising_sums(counts[order])[np.append(0, ends)]
         overlap = np.append(0.0, np.cumsum((counts if weights is None else weights)[order])[ends - 1])
         return cls(
             everything=everything,
@@ -301,41 +186,33 @@ class _Curve:
 
     @property
     def normals(self) -> int:
+        """Number of normal members."""
         return self.everything.total - int(self.hits[-1])
 
     def auroc(self) -> float:
+        """Area under the ROC curve."""
         return self._area(self.hits / self.hits[-1], 1.0)
 
     def f1_max(self) -> float:
+        """Highest F1 score."""
         hits = self.hits[1:]
         return float(np.max(2 * hits / (hits[-1] + hits + self.false_from)))
 
     def average_precision(self) -> float:
+        """Average precision."""
         hits = self.hits[1:]
         return float(np.sum(np.diff(self.hits) * (hits / (hits + self.false_from))) / hits[-1])
 
     def exact_overlap(self) -> float:
+        """Area under the per-region overlap over every threshold."""
         return self._area(self.overlap, RATE_LIMIT) / RATE_LIMIT
 
     def published_overlap(self) -> float:
         """PRO by the authors' protocol (their ``test.py``, ``cal_pro_score``), NaN where that fails."""
-        lowest, highest = self.everything.values[[0, -1]]
-        with np.errstate(over="ignore"):
-            step = (highest - lowest) / np.float32(THRESHOLDS)
-        if not 0 < step < math.inf:
-            return math.nan
-        # Step and first sum in single precision and the rest in double, as there: what numpy makes of these types.
-        exact = np.arange(lowest, highest, step, dtype=np.float64)
-        # The highest score at or below a threshold compares with every score as the threshold does.
-        thresholds = exact.astype(self.everything.values.dtype)
-        thresholds = np.where(thresholds > exact, np.nextafter(thresholds, -np.inf, dtype=thresholds.dtype), thresholds)
+        thresholds = thresholds_of(self.everything.lowest, self.everything.highest)
         above = np.searchsorted(-self.thresholds, -thresholds, side="left")
         rates = (self.everything.above(thresholds) - self.hits[above]) / self.normals
-        kept = rates < RATE_LIMIT
-        rates, overlap = rates[kept], self.overlap[above][kept]
-        if not rates.size or rates.max() == rates.min():
-            return math.nan
-        return -_trapezoid((rates - rates.min()) / (rates.max() - rates.min()), overlap)  # thresholds rise, rates fall
+        return stretched_area(rates, self.overlap[above])
 
     def _area(self, heights: NDArray[np.float64], limit: float) -> float:
         """Area under heights over false-positive rates up to a limit."""
@@ -348,34 +225,36 @@ class _Curve:
             share = (limit - rates[inside - 1]) / (rates[inside] - rates[inside - 1])
             last = heights[inside - 1] + share * (heights[inside] - heights[inside - 1])
             rates, heights = np.append(rates[:inside], limit), np.append(heights[:inside], last)
-        return _trapezoid(rates, heights)
+        return trapezoid(rates, heights)
 
 
-class _Regions(NamedTuple):
+class Regions(NamedTuple):
     """Scores of an image's anomalous pixels, and for each one over the area of its region."""
 
     values: Values
     weights: NDArray[np.float64]
 
 
-def _regions(mask: NDArray[Any], anomaly_map: NDArray[Any]) -> _Regions:
+def regions(mask: NDArray[Any], anomaly_map: NDArray[Any]) -> Regions:
     """Regions are 8-connected, as in scikit-image and anomalib."""
     mask = mask.astype(bool, copy=False)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
-        return _Regions(np.empty(0, np.float32), np.empty(0))
+        return Regions(np.empty(0, np.float32), np.empty(0))
     window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     inside = mask[window]
     regions = ndimage.label(inside, EIGHT_NEIGHBOURS)[0][inside]
     weights = 1.0 / np.maximum(np.bincount(regions), 1)
-    return _Regions(anomaly_map[window][inside].astype(np.float32, copy=False), weights[regions])
+    return Regions(anomaly_map[window][inside].astype(np.float32, copy=False), weights[regions])
 
 
-def _image_curve(labels: NDArray[np.bool_], scores: Values) -> _Curve | None:
-    return _Curve.of(_Ranking(np.sort(scores)), scores[labels])
+def image_curve(labels: NDArray[np.bool_], scores: Values) -> Curve | None:
+    """The curve of image scores."""
+    return Curve.of(Ranking(np.sort(scores)), scores[labels])
 
 
-def _figures(images: _Curve | None, pixels: _Curve | None) -> dict[str, float]:
+def figures_of(images: Curve | None, pixels: Curve | None) -> dict[str, float]:
+    """A value for each of ``METRICS``."""
     figures = dict.fromkeys(METRICS, math.nan)
     for name, curve in (("image", images), ("pixel", pixels)):
         if curve is not None:
@@ -388,30 +267,32 @@ def _figures(images: _Curve | None, pixels: _Curve | None) -> dict[str, float]:
     return figures | {"challenge_f1_max": 2 * image * pixel / (image + pixel)}
 
 
-def _trapezoid(places: NDArray[np.float64], heights: NDArray[np.float64]) -> float:
+def stretched_area(rates: NDArray[np.float64], overlap: NDArray[np.float64]) -> float:
+    """Area under the overlap over falling false-positive rates below the limit, stretched to [0, 1]; else NaN."""
+    kept = rates < RATE_LIMIT
+    rates, overlap = rates[kept], overlap[kept]
+    if not rates.size or rates.max() == rates.min():
+        return math.nan
+    return -trapezoid((rates - rates.min()) / (rates.max() - rates.min()), overlap)
+
+
+def trapezoid(places: NDArray[np.float64], heights: NDArray[np.float64]) -> float:
+    """Area by the trapezoidal rule."""
     return float(np.sum(np.diff(places) * (heights[1:] + heights[:-1])) / 2)
 
 
-def _rising_sums(counts: NDArray[Any]) -> Counts:
+def rising_sums(counts: NDArray[Any]) -> Counts:
+    """``(n + 1,)`` sums of the first counts, from none on."""
     return np.append(0, np.cumsum(counts, dtype=np.int64))
 
 
-def _starts(ordered: NDArray[Any]) -> NDArray[np.intp]:
+def starts_of(ordered: NDArray[Any]) -> NDArray[np.intp]:
     """Where each run of equal values starts."""
     return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
 
 
-def _keys(values: Values) -> Keys:
-    """Bits of single-precision scores, turned so that they rise with the scores; both zeros get one key."""
-    bits = (values + np.float32(0)).view(np.uint32)
-    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
-
-
-def _values(keys: Keys) -> Values:
-    return np.where(keys >> np.uint32(31), keys & np.uint32(2**31 - 1), ~keys).view(np.float32)
-
-
-def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], Values]:
+def checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], Values]:
+    """Labels and scores as arrays; a ValueError where shapes differ or a value cannot be."""
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     for name, given in (("labels", labels), ("scores", scores)):
         if given.ndim != 1 or len(given) != len(labels):
@@ -422,20 +303,31 @@ def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bo
     return labels.astype(bool), scores
 
 
-def _checked_pixels(masks: ArrayLike, maps: ArrayLike, images: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    masks, maps = np.asarray(masks), np.asarray(maps)
-    for name, given in (("masks", masks), ("maps", maps)):
-        if given.ndim != 3 or given.shape[0] != images or 0 in given.shape[1:]:
-            msg = f"`{name}` must be (N, H, W) for the N = {images} labels, got shape {given.shape}: drop other axes."
+def checked_pixels(masks: Arrays, maps: Arrays, images: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Masks and maps as arrays, one for each image.
+
+    Raises:
+        ValueError: Shapes differ, a mask is not binary, or a map is not finite.
+    """
+    pixels: dict[str, Any] = {
+        name: given if isinstance(given, list | tuple) else np.asarray(given)
+        for name, given in (("masks", masks), ("maps", maps))
+    }
+    for name, given in pixels.items():
+        if len(given) != images or any(np.ndim(one) != 2 or 0 in np.shape(one) for one in given):
+            got = f"shape {given.shape}" if isinstance(given, np.ndarray) else f"shapes {[*map(np.shape, given)]}"
+            msg = f"`{name}` must be (N, H, W) for the N = {images} labels, got {got}: drop other axes."
             raise ValueError(msg)
-    if masks.shape != maps.shape:
-        msg = f"`masks` must have the shape of `maps`, got {_shapes(masks=masks, maps=maps)}: resize one of them."
-        raise ValueError(msg)
-    for index, (mask, anomaly_map) in enumerate(zip(masks, maps, strict=True)):  # of a memory map, one at a time
+    are_arrays = all(isinstance(given, np.ndarray) for given in pixels.values())
+    for index, (mask, anomaly_map) in enumerate(zip(*pixels.values(), strict=True)):  # of a memory map, one at a time
+        if mask.shape != anomaly_map.shape:
+            got = _shapes(**pixels) if are_arrays else _shapes(masks=mask, maps=anomaly_map)
+            msg = f"`masks` must have the shape of `maps`, got {got}: resize one of them."
+            raise ValueError(msg)
         _check_binary("masks", mask, f"in image {index}, divide by 255 or compare with a threshold")
         with np.errstate(over="ignore"):  # doubles beyond single precision become infinite and are found so
             _check_finite("maps", anomaly_map.astype(np.float32, copy=False), f"look at image {index}")
-    return masks, maps
+    return pixels["masks"], pixels["maps"]
 
 
 def _check_binary(name: str, given: NDArray[Any], remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""How much the method adds to its CLIP: ``python -m anomalib_aprilgan.evaluation.speed``.
+"""How much the method adds to its CLIP: ``python -m anomalib_aprilgan.demo.studies.speed``.
 
 Times, in turn and in one process, the plain vision tower of open_clip, the zero-shot and the
 few-shot model on one image, and the text features of one class with and without cutting the
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from ..clip.architecture import ClipArchitecture
-from ..clip.backbone import ClipBackbone
-from ..clip.prompts import PromptEnsemble
-from ..demo.drawn_clip.trainer import random_weights
-from ..network.adapters import LinearAdapters
-from ..network.memory_bank import MemoryBank
-from ..network.model import AprilGANModel
+from ...clip.architecture import ClipArchitecture
+from ...clip.backbone import ClipBackbone
+from ...clip.prompts import PromptEnsemble
+from ...network.adapters import LinearAdapters
+from ...network.memory_bank import MemoryBank
+from ...network.model import AprilGANModel
+from ..drawn_clip.trainer import random_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How long the metrics take: ``python -m anomalib_aprilgan.evaluation.metrics_speed``.
+"""How long the metrics take: ``python -m anomalib_aprilgan.demo.studies.metrics_speed``.
 
 Times, in turn and in one process, the paper's seven metrics written down with scikit-learn and scikit-image,
 and all metrics of this package, exact and streaming, on the same drawn maps. Their values must agree.
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from skimage.measure import label, regionprops
 
-from .metrics import StreamingMetrics, measure
+from ...evaluation.metrics import measure
+from ...evaluation.streaming import StreamingMetrics
 
 BATCH = 4
 TOLERANCES = {"exact": 1e-6, "streaming": 1e-4}
