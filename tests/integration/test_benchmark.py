@@ -11,28 +11,38 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
+from anomalib.models import Stfpm
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_aprilgan import AprilGAN, DrawnInspection
 from anomalib_aprilgan.clip.backbone import load_clip
+from anomalib_aprilgan.data.references import ReferenceSource, list_references
 from anomalib_aprilgan.demo import built_in
-from anomalib_aprilgan.evaluation import collecting
+from anomalib_aprilgan.evaluation import collecting, jobs
 from anomalib_aprilgan.evaluation.benchmark import main
 from anomalib_aprilgan.evaluation.cells import COLUMNS, FULL
+from anomalib_aprilgan.evaluation.config import checked
 from anomalib_aprilgan.evaluation.many_banks import predict_banks
-from anomalib_aprilgan.evaluation.metrics import METRICS
-from anomalib_aprilgan.evaluation.plan import read_config
+from anomalib_aprilgan.evaluation.metrics import METRICS, measure
+from anomalib_aprilgan.evaluation.plan import Plan, read_plan
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
+from anomalib_aprilgan.evaluation.truth import Frame
 from anomalib_aprilgan.preparation import network as preparation
 
 from ..conftest import DATASET
+from ..generated_weights import generate
 from ..stand_ins import write_mvtec_ad, write_visa
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,19 +57,16 @@ OURS = {
     },
 }
 OTHERS = {
-    "WinCLIP": {"class_path": "WinClip", "weights": "generated"},
-    "PatchCore": {
-        "class_path": "Patchcore",
-        "weights": "generated",
-        "init_args": {"backbone": "resnet18", "layers": ["layer2"]},
-    },
-    "PaDiM": {
-        "class_path": "Padim",
-        "weights": "generated",
-        "init_args": {"backbone": "resnet18", "layers": ["layer1"], "n_features": 8},
-    },
+    "WinCLIP": {"class_path": "WinClip"},
+    "PatchCore": {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "layers": ["layer2"]}},
+    "PaDiM": {"class_path": "Padim", "init_args": {"backbone": "resnet18", "layers": ["layer1"], "n_features": 8}},
 }
 Configure = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _generated_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -102,19 +109,23 @@ def run(config: Path, *overrides: str) -> tuple[pd.DataFrame, Path]:
 
 
 def table_without_durations(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "results.csv").drop(columns="seconds")
+    return pd.read_csv(folder / "results.csv").drop(columns=["seconds", "seconds_per_image", "peak_memory_mb"])
+
+
+def plan_of(**benchmark: Any) -> Plan:
+    return read_plan(checked({"benchmark": benchmark}).benchmark)
 
 
 def test_models_side_by_side_leave_all_files(configure: Configure, drawn: dict[str, Any]) -> None:
     few = drawn | {"init_args": drawn["init_args"] | {"num_test": 4}}  # the others take their time
     table, folder = run(configure(k_shot=[0, 2], model={"AprilGAN": OURS} | OTHERS, data=few))
     assert tuple(table.columns) == COLUMNS
-    random = [f"{name} (random weights)" for name in OTHERS]
+    others = list(OTHERS)
     assert [(row.model, row.k_shot) for row in table.itertuples()] == [
         ("AprilGAN", 0),
         ("AprilGAN", 2),
-        (random[0], 0),
-        *((name, 2) for name in random),
+        (others[0], 0),
+        *((name, 2) for name in others),
     ]
     assert set(table.status) == {"done"}
     assert table[list(METRICS)].notna().all().all()
@@ -123,6 +134,8 @@ def test_models_side_by_side_leave_all_files(configure: Configure, drawn: dict[s
     assert set(table.n_anomalous) == {4}
     assert table.image_auroc[0] > 0.55  # the trained one
     assert (table.seconds > 0).all()
+    assert (table.seconds_per_image > 0).all()
+    assert (table.peak_memory_mb > 50).all()
 
     found = json.loads((folder / "results.json").read_text())
     few_shot = [cell for cell in found["cells"] if cell["cell"]["k_shot"] == 2]
@@ -131,12 +144,17 @@ def test_models_side_by_side_leave_all_files(configure: Configure, drawn: dict[s
     assert len(references[0]) == 2
     assert all(sorted(files) == sorted(references[0]) for files in references)  # all models had the same images
     assert len({cell["details"]["weights_sha256"] for cell in few_shot}) == 4
-    assert found["provenance"]["versions"]["anomalib"]
+    assert all(cell["details"]["versions"]["anomalib"] for cell in found["cells"])
     assert found["provenance"]["config"]["benchmark"]["seed"] == [0]
 
     text = (folder / "tables.md").read_text()
-    assert "the figures mean nothing" in text.splitlines()[2]
-    for heading in ("# Summary", "# Other metrics", "# Every category"):
+    for heading in (
+        "# Summary",
+        "# Intervals",
+        "# Differences on the same images",
+        "# Other metrics",
+        "# Every category",
+    ):
         assert heading in text
     assert "# Failed" not in text
     assert f"| zero-shot | AprilGAN | {100 * table.pixel_auroc[0]:.1f} |" in text
@@ -291,79 +309,98 @@ def test_results_of_another_config_are_refused(configure: Configure, tmp_path: P
     run(config)
     before = (tmp_path / "runs" / "results.csv").read_bytes()
     with pytest.raises(ValueError, match=r"`results`: .*another config \(they differ in"):
-        run(config, "benchmark.seed=[7]")
+        run(config, "--benchmark.seed=[7]")
     assert (tmp_path / "runs" / "results.csv").read_bytes() == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(ValueError, match=r"`results`: .* holds other files"):
-        run(config, f"results={tmp_path / 'other'}")
+        run(config, f"--results={tmp_path / 'other'}")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+GOOD = {"model": {"class_path": "Padim"}, "data": {"class_path": "MVTecAD", "init_args": {"category": "nut"}}}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"class_path": "AprilGun"}}, "`benchmark.model.class_path`: 'AprilGun' is no AnomalibModule"),
-        ({"model": {"class_path": "os.path"}}, "is no AnomalibModule"),
-        ({"data": {"class_path": "MVTecAC"}}, "`benchmark.data.class_path`: 'MVTecAC' is no AnomalibDataModule"),
-        ({"model": {"class_path": "Padim", "init_args": {"depth": 3}}}, r"\(Padim\)` has no argument 'depth'"),
-        ({"model": {"class_path": "Padim", "colour": 1}}, "`benchmark.model` has the unknown key 'colour'"),
-        ({"model": {"class_path": "Padim", "weights": "x.pt"}}, "`benchmark.model.weights` must be 'generated'"),
-        ({"model": [{"class_path": "Padim"}, {"class_path": "Padim"}]}, "2 models named 'Padim'"),
-        ({"shots": [1]}, "`benchmark` has the unknown key 'shots'"),
-        ({"k_shot": [-1]}, "`benchmark.k_shot` must be a whole number from 0 on, or full, got -1"),
-        ({"seed": ["a"]}, "`benchmark.seed` must be a whole number from 0 on, got 'a'"),
-        ({"metrics": "rough"}, "`benchmark.metrics` must be exact or streaming, got 'rough'"),
-        ({"data": None}, "`benchmark.data` must be a mapping"),
+        ({"model": {"class_path": "AprilGun"}}, r"`benchmark.model \(AprilGun\)`: .*AprilGun"),
+        ({"model": {"class_path": "os.path"}}, "does not correspond to a subclass of AnomalibModule"),
+        ({"data": {"class_path": "MVTecAC"}}, "`benchmark.data`: .*MVTecAC"),
+        ({"model": {"class_path": "Padim", "init_args": {"depth": 3}}}, "Option 'depth' is not accepted"),
+        ({"model": {"class_path": "Padim", "colour": 1}}, r"`benchmark.model \(Padim\)`: .* not accepted"),
+        (
+            {"model": {"class_path": "Padim", "trainer": {"epochs": 1}}},
+            "`trainer` has no 'epochs'; it knows max_ep",
+        ),
+        ({"model": [{"class_path": "Padim"}, {"class_path": "Padim"}]}, "2 entries named 'Padim'. Give each a `name`"),
+        ({"data": [GOOD["data"], GOOD["data"]]}, "2 entries named 'MVTecAD nut'. Give each a `name`"),
+        ({"data": [{"class_path": "Folder", "init_args": {"name": "a", "normal_dir": d}} for d in "xy"]}, "named 'a'"),
+        ({"data": {"class_path": "BTech", "init_args": {"category": 1}}}, r"category.*Expected.*quotation marks: '01'"),
+        ({"data": GOOD["data"] | {"class_words": {"nut": 3}}}, "`benchmark.data.class_words` must map categories"),
+        ({"shots": [1]}, "'benchmark' does not accept option 'shots'"),
+        ({"k_shot": [-1]}, r"benchmark.k_shot.*-1"),
+        ({"k_shot": [2, 2]}, r"`k_shot` names 2 more than once, got \[2, 2\]"),
+        ({"k_shot": []}, "`benchmark` asks for nothing"),
+        ({"k_shot": [0]}, "asks for nothing: none of Padim can be tested with `k_shot` 0"),
+        ({"seed": ["a"]}, "benchmark.seed.*'a'"),
+        ({"metrics": "rough"}, r"benchmark.metrics.*\['exact', 'streaming'\].*rough"),
+        ({"evaluation_size": 0}, "benchmark.evaluation_size.*v>0"),
+        ({"trainer": {"max_epochs": -1}}, "benchmark.trainer.max_epochs.*v>0"),
+        ({"data": None}, "'benchmark.data' is required"),
+        ({"data": [3]}, "benchmark.data"),
+        ({"data": {"root": "x"}}, "`benchmark.data` must be a mapping with `class_path`"),
     ],
 )
 def test_what_a_config_cannot_say(change: dict[str, Any], message: str) -> None:
-    good = {"model": {"class_path": "Padim"}, "data": {"class_path": "MVTecAD", "init_args": {"category": "nut"}}}
-    assert len(read_config(good | {"k_shot": ["full"]}).cells()) == 1
+    assert len(plan_of(**GOOD | {"k_shot": ["full"]}).cells()) == 1
     with pytest.raises(ValueError, match=message):
-        read_config(good | change)
+        plan_of(**GOOD | change)
 
 
 def test_missing_file_and_unknown_top_key(configure: Configure, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="`--config`: there is no file"):
         run(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="`config` has the unknown key 'acelerator'"):
-        run(configure(), "acelerator=cpu")
+    with pytest.raises(ValueError, match="`config`: Option 'acelerator' is not accepted"):
+        run(configure(), "--acelerator=cpu")
 
 
 def test_grids_and_cells() -> None:
     data = {"class_path": "MVTecAD", "init_args": {"category": {"grid": ["a", "b"]}}}
     models = {"ours": {"class_path": "AprilGAN"}, "none": None, "Patchcore": {"class_path": "Patchcore"}}
-    plan = read_config({"model": models, "data": data, "k_shot": [0, 1, "full"], "seed": {"grid": [3, 4]}})
-    assert [tuple(cell[2:]) for cell in plan.cells() if cell.model == "ours"] == [
+    plan = plan_of(model=models, data=data, k_shot=[0, 1, "full"], seed={"grid": [3, 4]})
+    assert [tuple(cell[2:5]) for cell in plan.cells() if cell.model == "ours"] == [
         (category, *setting) for category in "ab" for setting in ((0, 3), (1, 3), (1, 4))
     ]
     assert {cell.k_shot for cell in plan.cells() if cell.model == "Patchcore"} == {1, -1}
     assert {cell.model for cell in plan.cells()} == {"ours", "Patchcore"}
 
 
-def test_quick_config_compares_all_models() -> None:
-    plan = read_config(OmegaConf.to_container(OmegaConf.load(CONFIGS / "benchmark_built_in.yaml"))["benchmark"])
-    assert {cell.model.removesuffix(" (random weights)") for cell in plan.cells()} == {"AprilGAN", *OTHERS}
-    assert {entry.name for entry in plan.models if not entry.generated} == {"AprilGAN"}
-    assert len(plan.cells()) == 2 * (7 + 7 + 6 + 4)
+def test_quick_config_is_offline_and_compares_three_models() -> None:
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "benchmark_built_in.yaml"), resolve=True)
+    plan = read_plan(checked(config).benchmark)
+    assert [entry.name for entry in plan.models] == ["AprilGAN", "PatchCore, untrained", "PaDiM, untrained"]
+    assert len(plan.cells()) == 2 * (7 + 6 + 4)
 
 
 def test_all_training_images_for_models_that_learn(tmp_path: Path) -> None:
     root, results = tmp_path / "data", tmp_path / "results"
     write_mvtec_ad(root, ["bottle"], train=4)
-    arguments = [f"benchmark.model.AprilGAN.init_args={json.dumps(OURS['init_args'])}", "benchmark.model.WinCLIP=null"]
-    arguments += [f"benchmark.model.{name}={json.dumps(OTHERS[name])}" for name in ("PatchCore", "PaDiM")]
-    arguments += [f"benchmark.data.init_args.root={root}", "benchmark.data.init_args.category=bottle"]
-    arguments += ["benchmark.data.init_args.num_workers=0", "accelerator=cpu", f"results={results}"]
+    arguments = [
+        f"--benchmark.model.AprilGAN.init_args={json.dumps(OURS['init_args'])}",
+        "--benchmark.model.WinCLIP=null",
+    ]
+    arguments += [f"--benchmark.model.{name}={json.dumps(OTHERS[name])}" for name in ("PatchCore", "PaDiM")]
+    arguments += [f"--benchmark.data.init_args.root={root}", "--benchmark.data.init_args.category=bottle"]
+    arguments += ["--benchmark.data.init_args.num_workers=0", "--accelerator=cpu", f"--results={results}"]
     main(["--config", str(CONFIGS / "benchmark.yaml"), *arguments])
     table = pd.read_csv(results / "results.csv")
     assert set(table.status) == {"done"}
     of_all = table[table.k_shot == FULL]
-    assert list(of_all.model) == ["PatchCore (random weights)", "PaDiM (random weights)"]
+    assert list(of_all.model) == ["PatchCore", "PaDiM"]
     cells = json.loads((results / "results.json").read_text())["cells"]
     assert {cell["cell"]["k_shot"] for cell in cells} == {0, 1, 4, FULL}
-    assert "| all images | PatchCore (random weights) |" in (results / "tables.md").read_text()
+    assert "| all images | PatchCore |" in (results / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -380,10 +417,10 @@ def test_reproduce_config_goes_through_on_a_stand_in(
     root, results = tmp_path / "data", tmp_path / "results"
     write(root, list(reference.index))
     name = {"MVTecAD": "reproduce_mvtec_ad", "Visa": "reproduce_visa"}[dataset]
-    arguments = [f"benchmark.model.AprilGAN.init_args={json.dumps(OURS['init_args'])}"]
-    arguments += [f"benchmark.model.{other}=null" for other in OTHERS]
-    arguments += [f"benchmark.data.init_args.root={root}", "benchmark.data.init_args.num_workers=0"]
-    arguments += ["benchmark.k_shot=[0,1]", "benchmark.seed=[0,1]", "accelerator=cpu", f"results={results}"]
+    arguments = [f"--benchmark.model.AprilGAN.init_args={json.dumps(OURS['init_args'])}"]
+    arguments += [f"--benchmark.model.{other}=null" for other in OTHERS]
+    arguments += [f"--benchmark.data.init_args.root={root}", "--benchmark.data.init_args.num_workers=0"]
+    arguments += ["--benchmark.k_shot=[0,1]", "--benchmark.seed=[0,1]", "--accelerator=cpu", f"--results={results}"]
     main(["--config", str(CONFIGS / f"{name}.yaml"), *arguments])
     table = pd.read_csv(results / "results.csv")
     assert list(dict.fromkeys(table.category)) == list(reference.index)
@@ -395,3 +432,260 @@ def test_reproduce_config_goes_through_on_a_stand_in(
     assert f"## {dataset}: ours / the report's table" in text
     assert f" / {100 * published:.1f} (" in text
     assert dataset in DATASETS
+
+
+class Recorded:
+    """Raw maps and what was measured, of every measurement in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all: list[dict[str, Any]] = []
+        monkeypatch.setattr(collecting, "measure", self.measure)
+
+    def measure(self, masks: Any, maps: Any, labels: Any, scores: Any) -> dict[str, float]:
+        self.all.append({"masks": masks, "maps": maps, "labels": labels, "scores": scores})
+        return measure(masks, maps, labels, scores)
+
+
+def write_folders(root: Path, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """``Folder`` entries of products of a few random pictures of one size, with masks."""
+    entries = []
+    for name, size in sizes.items():
+        generator = np.random.default_rng(size)
+        for kind in ("good", "bad", "mask"):
+            (root / name / kind).mkdir(parents=True)
+        for kind, number in (("good", 7), ("bad", 5)):
+            for index in range(number):
+                pixels = generator.integers(90, 120, (size, size, 3)).astype(np.uint8)
+                if kind == "bad":
+                    top, left = generator.integers(0, size // 2, 2)
+                    pixels[top : top + size // 4, left : left + size // 3] += 60
+                    mask = np.zeros((size, size), np.uint8)
+                    mask[top : top + size // 4, left : left + size // 3] = 255
+                    Image.fromarray(mask).save(root / name / "mask" / f"{index}.png")
+                Image.fromarray(pixels).save(root / name / kind / f"{index}.png")
+        arguments = {"name": name, "root": str(root / name), "normal_dir": "good", "abnormal_dir": "bad"}
+        arguments |= {"mask_dir": "mask", "num_workers": 0, "eval_batch_size": 3}
+        entries.append({"class_path": "Folder", "init_args": arguments})
+    return entries
+
+
+def test_any_data_and_any_model_in_one_table(
+    configure: Configure, drawn: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders, a grid over seeds, four models: every figure against scikit-learn on the raw maps."""
+    recorded = Recorded(monkeypatch)
+    dino = {"class_path": "AnomalyDINO"}
+    monkeypatch.setattr(timm, "create_model", small_dino(timm.create_model))
+    grid = drawn | {"init_args": drawn["init_args"] | {"num_test": 3, "seed": {"grid": [300, 301]}}}
+    data = [*write_folders(tmp_path / "parts", {"lids": 64, "rings": 80}), grid]
+    models = {"AprilGAN": OURS, "PatchCore": OTHERS["PatchCore"], "PaDiM": OTHERS["PaDiM"], "AnomalyDINO": dino}
+    config = configure(model=models, data=data, k_shot=[0, 2], evaluation_size=[48, 56])
+    table, folder = run(config)
+    names = ["lids", "rings", "DrawnInspection seed=300", "DrawnInspection seed=301"]
+    assert list(dict.fromkeys(table.dataset)) == names
+    assert len(table) == 4 * 5
+    assert set(table.status) == {"done"}
+    assert set(table.evaluation_size) == {"48 x 56"}
+    assert set(table.datamodule) == {"Folder", "DrawnInspection"}
+    assert table.groupby("dataset").test_files.nunique().eq(1).all()
+    assert table.test_files.nunique() == 3  # the drawn ones differ in their pictures, not in the names of their files
+    assert not table.duplicated(["dataset", "image_auroc", "pixel_auroc", "pixel_ap", "aupro"]).any()
+    order = [row for name in names for row in table[table.dataset == name].itertuples()]
+    assert len(recorded.all) == len(order)
+    for row, arrays in zip(order, recorded.all, strict=True):
+        assert all(one.shape == (48, 56) for one in [*arrays["masks"], *arrays["maps"]])
+        truth, pixels = (np.concatenate([one.ravel() for one in arrays[key]]) for key in ("masks", "maps"))
+        assert row.n_images == len(arrays["labels"])
+        assert row.pixel_auroc == pytest.approx(roc_auc_score(truth, pixels), abs=1e-6)
+        assert row.pixel_ap == pytest.approx(average_precision_score(truth, pixels), abs=1e-6)
+        assert row.image_auroc == pytest.approx(roc_auc_score(arrays["labels"], arrays["scores"]), abs=1e-6)
+    for name in names:  # the truth is the same for all models
+        first, *others = [
+            arrays["masks"] for row, arrays in zip(order, recorded.all, strict=True) if row.dataset == name
+        ]
+        assert all(np.array_equal(one, other) for masks in others for one, other in zip(first, masks, strict=True))
+    text = (folder / "tables.md").read_text()
+    assert "## lids (1 category, 1 seed; pixels at 48 x 56;" in text
+    assert "| 2-shot | AprilGAN - PatchCore |" in text
+    assert (folder / "heatmaps_AprilGAN-lids.png").exists()
+
+
+def small_dino(create: Callable[..., Any]) -> Callable[..., Any]:
+    """``timm.create_model`` whose DINOv2 is narrow."""
+
+    def build(name: str, **arguments: Any) -> Any:
+        narrow = {"embed_dim": 48, "num_heads": 2} if "dinov2" in name else {}
+        return create(name, **arguments | narrow)
+
+    return build
+
+
+def test_models_are_tested_on_the_same_images_of_data_that_is_split_at_random(
+    configure: Configure, tmp_path: Path
+) -> None:
+    """`Folder` without normal test images takes some of its training images, at random."""
+    data = write_folders(tmp_path / "parts", {"lids": 64})
+    models = {"AprilGAN": OURS, "PaDiM": OTHERS["PaDiM"]}
+    first, folder = run(configure(model=models, data=data, k_shot=[0, 2], seed=[0, 1]))
+    assert first.test_files.nunique() == 1
+    assert len(list(folder.glob("maps/*.npz"))) == 1
+    again, _ = run(configure("again", model=models, data=data, k_shot=[0, 2], seed=[0, 1]))
+    pd.testing.assert_frame_equal(
+        *(table.drop(columns=["seconds", "seconds_per_image", "peak_memory_mb"]) for table in (first, again))
+    )
+
+
+def test_pixels_are_measured_at_the_size_of_the_ground_truth(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(monkeypatch)
+    data = write_folders(tmp_path / "parts", {"lids": 64})
+    Image.open(tmp_path / "parts" / "lids" / "good" / "0.png").resize((50, 70)).save(
+        tmp_path / "parts" / "lids" / "good" / "0.png"
+    )
+    models = {"AprilGAN": OURS, "PaDiM": OTHERS["PaDiM"]}
+    table, folder = run(configure(model=models, data=data, k_shot=[2]))
+    assert set(table.evaluation_size) == {"ground truth"}
+    for arrays in recorded.all:
+        assert {mask.shape for mask in arrays["masks"]} <= {(64, 64), (70, 50)}
+        assert [mask.shape for mask in arrays["masks"]] == [one.shape for one in arrays["maps"]]
+    assert "pixels at the size of the ground truth" in (folder / "tables.md").read_text()
+
+
+def test_what_a_crop_leaves_out_counts_as_normal() -> None:
+    """A model that looks at the centre alone: its map belongs in the middle of the image."""
+    pre_processor = SimpleNamespace(transform=Compose([Resize((80, 100)), CenterCrop((40, 60))]))
+    anomaly_map = np.full((20, 30), 5, np.float32)
+    anomaly_map[0, 0] = 1
+    fitted = Frame.of(pre_processor).fitted(anomaly_map, (160, 200))  # type: ignore[arg-type]
+    assert fitted.shape == (160, 200)
+    assert fitted[80, 100] == 5
+    assert np.allclose(fitted[:38], 1)
+    assert np.allclose(fitted[:, :38], 1)
+    rows, columns = np.nonzero(fitted > 3)
+    assert (rows.min(), rows.max(), columns.max()) == pytest.approx((40, 119, 159), abs=1)
+    assert np.array_equal(Frame().fitted(anomaly_map, (20, 30)), anomaly_map)
+
+
+ANOMALIB = """
+accelerator:
+  - cpu
+benchmark:
+  seed: 42
+  model:
+    class_path:
+      grid: [Padim, Patchcore]
+  data:
+    class_path: MVTecAD
+    init_args:
+      root: {root}
+      category:
+        grid:
+          - bottle
+          - tile
+"""
+
+
+def test_a_config_of_anomalib_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_mvtec_ad(tmp_path / "data", ["bottle", "tile"])
+    path = tmp_path / "anomalib.yaml"
+    path.write_text(ANOMALIB.format(root=tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    main(["--config", str(path), "--benchmark.data.init_args.num_workers=0"])
+    table = pd.read_csv(tmp_path / "results" / "benchmark" / "results.csv")
+    assert [(row.model, row.category, row.k_shot, row.seed) for row in table.itertuples()] == [
+        (model, category, FULL, 42) for category in ("bottle", "tile") for model in ("Padim", "Patchcore")
+    ]
+    assert set(table.status) == {"done"}
+    assert set(table.accelerator) == {"cpu"}
+    assert "| all images | Padim |" in capsys.readouterr().out
+
+
+def test_an_accelerator_that_is_not_there(configure: Configure) -> None:
+    missing = next(
+        name for name in ("mps", "xpu", "cuda") if not AcceleratorRegistry[name]["accelerator"].is_available()
+    )
+    table, folder = run(configure(k_shot=[0]), f"--accelerator=[{missing},cpu]")
+    assert set(table.accelerator) == {"cpu"}
+    assert f"This machine has no {missing}: its cells were left out." in (folder / "tables.md").read_text()
+    with pytest.raises(ValueError, match=f"`accelerator`: this machine has none of {missing}. Ask for cpu."):
+        run(configure("none", k_shot=[0]), f"--accelerator={missing}")
+
+
+@pytest.mark.slow
+def test_cells_in_parallel_equal_one_after_the_other(configure: Configure) -> None:
+    settings = {"k_shot": [0, 1, 9], "shared_pass": False}
+    tables = []
+    for name, devices in (("serial", 1), ("parallel", 2)):
+        with pytest.raises(SystemExit, match="1 of 3 cells failed"):
+            run(configure(name, **settings, trainer={"devices": devices}))
+        tables.append(table_without_durations(Path(OmegaConf.load(configure(name, **settings)).results)))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_training_as_the_config_says(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, str]] = []
+    finished = Stfpm.on_train_end if hasattr(Stfpm, "on_train_end") else None
+    monkeypatch.setattr(
+        Stfpm,
+        "on_train_end",
+        lambda self: (steps.append((self.global_step, str(self.trainer.precision))), finished and finished(self))[1],
+    )
+    stfpm = {"class_path": "Stfpm", "init_args": {"backbone": "resnet18", "layers": ["layer1"]}}
+    model = {"short": stfpm | {"trainer": {"max_steps": 1}}, "longer": stfpm}
+    table, _ = run(configure(model=model, k_shot=["full"], trainer={"max_epochs": 2, "precision": "bf16-mixed"}))
+    assert list(table.status) == ["done", "done"]
+    assert steps == [(1, "bf16-mixed"), (2, "bf16-mixed")]
+
+
+def test_words_for_categories_that_are_no_words(configure: Configure, drawn: dict[str, Any]) -> None:
+    named, words = configure("named", k_shot=[0]), {"nut": "xylophone"}
+    table, _ = run(named)
+    other, _ = run(configure("words", k_shot=[0], data=drawn | {"class_words": words}))
+    ours = OURS | {"init_args": OURS["init_args"] | {"class_name": "xylophone"}}
+    same, _ = run(configure("same", k_shot=[0], model={"AprilGAN": ours}))
+    assert other.pixel_ap[0] == same.pixel_ap[0]
+    assert other.pixel_ap[0] != table.pixel_ap[0]
+
+
+def test_several_classes_in_one_entry(configure: Configure, drawn: dict[str, Any]) -> None:
+    """Every image under its own class; each has references of its own."""
+    parts = [
+        drawn | {"init_args": drawn["init_args"] | {"category": name, "num_test": 3}} for name in ("nut", "leather")
+    ]
+    data = {"class_path": "MultiCategoryData", "init_args": {"datamodules": parts, "num_workers": 0}}
+    data |= {"name": "both", "class_words": {"nut": "nut", "leather": "leather"}}
+    table, folder = run(configure(k_shot=[0, 1], data=data))
+    assert list(table.status) == ["done", "done"]
+    assert set(table.n_images) == {12}
+    assert table.image_auroc.nunique() == 2
+    assert "| 1-shot | AprilGAN |" in (folder / "tables.md").read_text()
+
+
+def test_versions_are_those_a_cell_was_made_with(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(k_shot=[0, 9], shared_pass=False)
+    monkeypatch.setattr(jobs, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(SystemExit):
+        run(config)
+    path = next((Path(OmegaConf.load(config).results) / "cells").glob("*.json"))
+    monkeypatch.setattr(jobs, "versions", lambda: {"torch": "2.0"})
+    monkeypatch.setattr(ReferenceSource, "draw", lambda _: list_references(DATASET / "tile" / "train")[:1])
+    run(config)
+    folder = path.parents[1]
+    cells = json.loads((folder / "results.json").read_text())["cells"]
+    assert [cell["details"]["versions"]["torch"] for cell in cells] == ["1.0", "2.0"]
+    assert "The cells were made with torch 1.0 and 2.0" in (folder / "tables.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Dinomaly", "AnomalyVFM"])
+def test_large_models_of_anomalib(configure: Configure, drawn: dict[str, Any], name: str) -> None:
+    arguments = {"encoder_name": "vit_small_patch14_reg4_dinov2"} if name == "Dinomaly" else {}
+    model = {"class_path": name, "init_args": arguments, "trainer": {"max_steps": 1}}
+    few = drawn | {"init_args": drawn["init_args"] | {"num_test": 2, "train_batch_size": 2}}
+    table, _ = run(configure(model=model, data=few))
+    assert list(table.status) == ["done"]
+    assert list(table.k_shot) == ([1] if name == "Dinomaly" else [0])
+    assert table.pixel_auroc.between(0, 1).all()

@@ -17,7 +17,8 @@ from anomalib_aprilgan.evaluation.published import DATASETS, method_of, official
 
 def result(model: str, dataset: str, category: str, k_shot: int, seed: int, **metrics: float) -> CellResult:
     values = dict.fromkeys(METRICS, 0.5) | metrics
-    return CellResult(Cell(model, dataset, category, k_shot, seed), n_images=2, n_anomalous=1, metrics=values)
+    cell = Cell(model, dataset, category, k_shot, seed)
+    return CellResult(cell, n_images=2, n_anomalous=1, metrics=values, datamodule=dataset, evaluation_size="8 x 8")
 
 
 def frame_of(*results: CellResult) -> pd.DataFrame:

@@ -7,11 +7,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ..files import write_atomically
@@ -22,10 +24,11 @@ FULL = -1
 
 DONE, FAILED = "done", "failed"
 COLUMNS = (
-    *("model", "dataset", "category", "k_shot", "seed", "status", "reason", "n_images", "n_anomalous"),
+    *("model", "dataset", "category", "k_shot", "seed", "accelerator", "status", "reason", "n_images", "n_anomalous"),
     *METRICS,
-    "seconds",
+    *("seconds", "seconds_per_image", "peak_memory_mb", "datamodule", "evaluation_size", "test_files"),
 )
+_NUMBERS = ("seconds", "seconds_per_image", "peak_memory_mb")
 
 
 class Cell(NamedTuple):
@@ -33,10 +36,11 @@ class Cell(NamedTuple):
 
     Attributes:
         model: Name in the tables.
-        dataset: Name of the datamodule's class.
+        dataset: Name of the datamodule in the tables.
         category: Its category.
         k_shot: Number of reference images; 0 for zero-shot, :data:`FULL` for all training images.
-        seed: Seed of the draw of references and of everything else that is random.
+        seed: Seed of the draw of references and of everything else that is random, but for the split of the data.
+        accelerator: Where it runs.
     """
 
     model: str
@@ -44,11 +48,13 @@ class Cell(NamedTuple):
     category: str
     k_shot: int
     seed: int
+    accelerator: str = "auto"
 
     def __str__(self) -> str:
         """In words."""
         shots = "all images" if self.k_shot == FULL else f"{self.k_shot}-shot"
-        return f"{self.model}, {self.dataset} {self.category}, {shots}, seed {self.seed}"
+        data = f"{self.dataset} {self.category}".rstrip()
+        return f"{self.model}, {data}, {shots}, seed {self.seed}, {self.accelerator}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,13 @@ class CellResult:
         n_anomalous: Number of anomalous ones.
         metrics: By name, NaN where one does not exist.
         seconds: Its duration; settings that share a pass have an equal share of it.
-        details: Anything else: references, checksums of weights, hardware.
+        seconds_per_image: Of the network alone, for one image at a time.
+        peak_memory_mb: Of a GPU's memory that the network takes for one image; on a CPU, of the whole process.
+        datamodule: Name of the datamodule's class.
+        evaluation_size: Size of maps and masks for the metrics of pixels, in words.
+        test_files: Digest of the list of test images: figures of different lists do not compare.
+        details: Anything else: references, checksums of weights, hardware, versions.
+        samples: Every metric of bootstrap samples of the images, ``(B,)``.
     """
 
     cell: Cell
@@ -73,13 +85,18 @@ class CellResult:
     n_anomalous: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = math.nan
+    seconds_per_image: float = math.nan
+    peak_memory_mb: float = math.nan
+    datamodule: str = ""
+    evaluation_size: str = ""
+    test_files: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """The result as a row with :data:`COLUMNS`."""
-        row = {"status": self.status, "reason": self.reason, "n_images": self.n_images, "n_anomalous": self.n_anomalous}
         metrics = {name: self.metrics.get(name, math.nan) for name in METRICS}
-        return self.cell._asdict() | row | metrics | {"seconds": self.seconds}
+        return {name: getattr(self, name) for name in COLUMNS if hasattr(self, name)} | self.cell._asdict() | metrics
 
 
 class Results:
@@ -119,9 +136,13 @@ class Results:
         return self.folder / "maps"
 
     def save(self, result: CellResult) -> None:
-        """Keep a result."""
-        text = json.dumps(_without_nan(asdict(result) | {"cell": result.cell._asdict()}), indent=1, sort_keys=True)
-        write_atomically(self._path_of(result.cell), lambda file: file.write(text.encode()))
+        """Keep a result: its samples first, for without them it would not be done."""
+        path = self._path_of(result.cell)
+        if result.samples:
+            arrays: dict[str, Any] = result.samples
+            write_atomically(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))
+        text = json.dumps(_without_nan(_as_json(result)), indent=1, sort_keys=True)
+        write_atomically(path, lambda file: file.write(text.encode()))
 
     def load(self, cell: Cell) -> CellResult | None:
         """What is known of a cell."""
@@ -130,8 +151,12 @@ class Results:
             return None
         found = json.loads(path.read_text(encoding="utf-8"))
         metrics = {name: math.nan if value is None else value for name, value in found["metrics"].items()}
-        seconds = math.nan if found["seconds"] is None else found["seconds"]
-        return CellResult(**found | {"cell": Cell(**found["cell"]), "metrics": metrics, "seconds": seconds})
+        numbers = {name: math.nan if found[name] is None else found[name] for name in _NUMBERS}
+        samples = {}
+        if path.with_suffix(".npz").exists():
+            with np.load(path.with_suffix(".npz")) as arrays:
+                samples = dict(arrays)
+        return CellResult(**found | numbers | {"cell": Cell(**found["cell"]), "metrics": metrics, "samples": samples})
 
     def is_done(self, cell: Cell) -> bool:
         """Whether there is nothing left to do; what failed is tried again."""
@@ -140,18 +165,17 @@ class Results:
 
     def frame(self, cells: Iterable[Cell]) -> pd.DataFrame:
         """The results there are, one row per cell with :data:`COLUMNS`, in the order of ``cells``."""
-        found = [result for cell in cells if (result := self.load(cell)) is not None]
-        return pd.DataFrame([result.row() for result in found], columns=list(COLUMNS))
+        return pd.DataFrame([result.row() for result in self.results(cells)], columns=list(COLUMNS))
+
+    def results(self, cells: Iterable[Cell]) -> list[CellResult]:
+        """The results there are, in the order of ``cells``."""
+        return [result for cell in cells if (result := self.load(cell)) is not None]
 
     def write_tables(self, cells: Sequence[Cell], provenance: dict[str, Any]) -> None:
         """``results.csv``, tidy, and ``results.json``, with everything that is known of every cell."""
         table = self.frame(cells).to_csv(index=False, float_format="%.10g").encode()
         write_atomically(self.folder / "results.csv", lambda file: file.write(table))
-        found = [result for cell in cells if (result := self.load(cell)) is not None]
-        content = {
-            "provenance": provenance,
-            "cells": [asdict(result) | {"cell": result.cell._asdict()} for result in found],
-        }
+        content = {"provenance": provenance, "cells": [_as_json(result) for result in self.results(cells)]}
         text = json.dumps(_without_nan(content), indent=1).encode()
         write_atomically(self.folder / "results.json", lambda file: file.write(text))
 
@@ -163,6 +187,12 @@ def file_stem(*parts: str | int) -> str:
     """A file name for names that may hold any sign: readable, and never that of other names."""
     words = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(str(part) for part in parts))
     return f"{words}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
+
+
+def _as_json(result: CellResult) -> dict[str, Any]:
+    found = asdict(replace(result, samples={})) | {"cell": result.cell._asdict()}
+    del found["samples"]
+    return found
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401  # JSON

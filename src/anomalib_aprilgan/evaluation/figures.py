@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from anomalib.data.utils import read_image, read_mask
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..files import SOFTWARE, write_atomically
@@ -14,7 +16,7 @@ from ..files import SOFTWARE, write_atomically
 
 def heatmap_figure(
     image_paths: Sequence[Path],
-    mask_paths: Sequence[Path],
+    masks: Sequence[Path | NDArray[Any]],
     maps: Mapping[str, Sequence[Tensor]],
     path: Path,
 ) -> None:
@@ -22,17 +24,18 @@ def heatmap_figure(
 
     Args:
         image_paths: Image files.
-        mask_paths: Their masks.
+        masks: Their ground truth: files, or arrays ``(H, W)`` of 0 and 1.
         maps: Per setting, by its title, the maps ``(H, W)`` in ``[0, 1]`` of the images.
         path: PNG file to write.
     """
     columns = 2 + len(maps)
     figure = Figure(figsize=(1.6 * columns, 1.6 * len(image_paths) + 0.3), layout="constrained")
     axes = figure.subplots(len(image_paths), columns, squeeze=False)
-    for row, (image_path, mask_path) in enumerate(zip(image_paths, mask_paths, strict=True)):
+    for row, (image_path, mask) in enumerate(zip(image_paths, masks, strict=True)):
         image = read_image(image_path)
         axes[row][0].imshow(image)
-        axes[row][1].imshow(read_mask(mask_path), cmap="gray", vmin=0, vmax=255)
+        truth = read_mask(mask) > 0 if isinstance(mask, Path) else mask
+        axes[row][1].imshow(truth, cmap="gray", vmin=0, vmax=1)
         extent = (0, image.shape[1], image.shape[0], 0)
         for axis, setting in zip(axes[row][2:], maps.values(), strict=True):
             axis.imshow(image)

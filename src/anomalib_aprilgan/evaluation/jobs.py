@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
-from anomalib.pipelines.benchmark.job import BenchmarkJob
 from anomalib.utils.logging import hide_output
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 from ..clip.backbone import ClipBackbone
 from ..data.references import ReferenceSource
 from ..files import temporary_folder, write_atomically
 from .cells import Cell, CellResult, file_stem
 from .collecting import CollectingEvaluator, Collection
-from .provenance import hardware, now, weights_checksum
+from .cost import InferenceCost
+from .plan import SPLIT_SEED, DataEntry, ModelEntry
+from .provenance import hardware, now, versions, weights_checksum
 from .shared_pass import Setting, SharedPass
+from .truth import GroundTruth, Size
+
+
+class Workplace:
+    """What the jobs of one process hand on: CLIPs by model, and the ground truth that was read last."""
+
+    def __init__(self) -> None:
+        self.clips: dict[str, ClipBackbone] = {}
+        self._data: DataEntry | None = None
+        self._truth: GroundTruth | None = None
+
+    def truth_of(self, data: DataEntry, datamodule: AnomalibDataModule, size: Size | None) -> GroundTruth:
+        """The ground truth of a datamodule that was set up."""
+        if self._truth is None or self._data != data or not self._truth.is_of(datamodule):
+            self._data, self._truth = data, None  # one fills enough memory
+            self._truth = GroundTruth.of(datamodule, size)
+        return self._truth
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,9 @@ class Task:
         scratch: Folder for what does not outlive a job.
         maps: Folder for the maps that are shown in drawings.
         shown: Number of images per category whose maps are shown.
+        evaluation_size: Height and width of maps and masks for the metrics of pixels; that of each ground truth
+            otherwise.
+        resamples: Number of bootstrap samples of the images.
     """
 
     accelerator: str
@@ -47,12 +68,14 @@ class Task:
     scratch: Path
     maps: Path
     shown: int
+    evaluation_size: Size | None = None
+    resamples: int = 0
 
-    def engine(self, folder: Path, *callbacks: Callback, **arguments: Any) -> Engine:  # noqa: ANN401  # Lightning's
-        """An Engine that leaves nothing behind."""
+    def engine(self, folder: Path, device: int | None, *callbacks: Callback, **arguments: Any) -> Engine:  # noqa: ANN401  # Lightning's
+        """An Engine on one device that leaves nothing behind."""
         return Engine(
             accelerator=self.accelerator,
-            devices=1,
+            devices=1 if device is None else [device],
             default_root_dir=folder,
             callbacks=list(callbacks),
             logger=False,
@@ -61,12 +84,46 @@ class Task:
             **arguments,
         )
 
+    def collection(self, truth: GroundTruth, settings: int, shown: Sequence[int] = ()) -> Collection:
+        """A collection of the maps of a test."""
+        return Collection(truth, settings, self.scratch, streaming=self.streaming, shown=shown)
+
+    def results(
+        self,
+        cells: Sequence[Cell],
+        data: DataEntry,
+        collection: Collection,
+        measured: Sequence[tuple[dict[str, float], dict[str, Any]]],
+        model: nn.Module,
+        started: float,
+    ) -> list[CellResult]:
+        """What became of cells that were tested on the same images."""
+        truth, size = collection.truth, self.evaluation_size
+        details = {"weights_sha256": weights_checksum(model), "hardware": hardware(), "versions": versions()}
+        details |= {"finished": now()}
+        bounds = collection.bounds or [{}] * len(cells)
+        return [
+            CellResult(
+                cell,
+                n_images=len(truth.labels),
+                n_anomalous=int(truth.labels.sum()),
+                metrics=metrics,
+                seconds=(time.perf_counter() - started) / len(cells),
+                datamodule=data.datamodule,
+                evaluation_size="ground truth" if size is None else f"{size[0]} x {size[1]}",
+                test_files=truth.digest,
+                details=details | ({"error_bounds": of_cell} if of_cell else {}),
+                samples=samples,
+            )
+            for cell, (metrics, samples), of_cell in zip(cells, measured, bounds, strict=True)
+        ]
+
 
 class KeepReferences(Callback):
     """Leaves of the training images only those that a few-shot model of the same seed would draw.
 
     Args:
-        k_shot: How many.
+        k_shot: How many, of each class where the images tell it.
         seed: Seed of the draw.
     """
 
@@ -77,140 +134,130 @@ class KeepReferences(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
         """After the datamodule is set up, each time."""
         datamodule = cast("AnomalibDataModule", trainer.datamodule)  # type: ignore[attr-defined]
-        if not self.files:
-            drawn = ReferenceSource(self.k_shot, self.seed, None, datamodule).draw()
-            self.files = [str(file) for file in drawn]
         samples = datamodule.train_data.samples
+        if not self.files:
+            classes = sorted(set(samples.class_name)) if "class_name" in samples else [None]
+            sources = [ReferenceSource(self.k_shot, self.seed, None, datamodule, name) for name in classes]
+            self.files = [str(file) for source in sources for file in source.draw()]
         if len(samples) > len(self.files):
             datamodule.train_data.samples = samples[samples.image_path.isin(self.files)]
 
 
-class CellJob(BenchmarkJob):
+@dataclass(frozen=True)
+class CellJob:
     """One cell of any anomalib model, by the Engine; metrics are taken from raw scores and maps.
 
-    A model that learns from normal images gets exactly the references that a few-shot model would draw.
+    A model that learns from normal images gets exactly the references that a few-shot model would draw. Model and data
+    are made when the job runs: what they cannot do is then the reason of this cell alone.
 
     Args:
         task: What is common to all jobs.
-        cell: Which.
-        build: Makes the model.
-        datamodule: Makes its data.
+        cells: Which; one.
+        entry: The model.
+        data: Its data.
     """
 
-    def __init__(
-        self, task: Task, cell: Cell, build: Callable[[], AnomalibModule], datamodule: Callable[[], AnomalibDataModule]
-    ) -> None:
-        # Model and data are made when the job runs: what they cannot do is then the reason of this cell alone.
-        super().__init__(task.accelerator, cast("Any", None), cast("Any", None), cell.seed, {})
-        self.task, self.cells, self._build, self._load = task, [cell], build, datamodule
+    task: Task
+    cells: tuple[Cell]
+    entry: ModelEntry
+    data: DataEntry
 
     def split(self) -> list[CellJob]:
         """Jobs of one cell each: this one."""
         return [self]
 
     @hide_output
-    def run(self, task_id: int | None = None) -> dict[str, Any]:  # noqa: ARG002  # one process
-        """Build, fit and test; returns :class:`CellResult` by cell."""
+    def run(self, workplace: Workplace, device: int | None = None) -> list[CellResult]:
+        """Build, fit and test."""
         started = time.perf_counter()
         (cell,) = self.cells
+        datamodule = set_up(self.data.build())
+        truth = workplace.truth_of(self.data, datamodule, self.task.evaluation_size)
         seed_everything(cell.seed, verbose=False)
-        self.model, self.datamodule = model, _ = self._build(), self._load()
+        model = self.entry.build(cell, self.data)
         learns = model.learning_type == LearningType.ONE_CLASS
         if model.learning_type == LearningType.ZERO_SHOT and cell.k_shot != 0:
             msg = f"{type(model).__name__} takes no reference images: ask `k_shot: 0` of it."
             raise ValueError(msg)
-        checksum = weights_checksum(model)
         keep = KeepReferences(cell.k_shot, cell.seed) if cell.k_shot > 0 else None
-        with (
-            temporary_folder(self.task.scratch) as folder,
-            Collection(1, self.task.scratch, streaming=self.task.streaming) as collection,
-        ):
+        cost = InferenceCost()
+        with temporary_folder(self.task.scratch) as folder, self.task.collection(truth, 1) as collection:
             evaluator = CollectingEvaluator(collection)
             _show_raw_scores(model, evaluator)
-            engine = self.task.engine(folder, *([keep] if keep else []))
+            callbacks = [*([keep] if keep else []), cost]
+            engine = self.task.engine(folder, device, *callbacks, **self.entry.trainer)
             if learns:
-                engine.fit(model=model, datamodule=self.datamodule)
-            engine.test(model=model, datamodule=self.datamodule, verbose=False)
-            metrics = collection.measure([evaluator.scores()])
-        details = {"weights_sha256": checksum, "references": keep.files if keep else []}
-        return {"results": _results(self.cells, metrics, collection, details, started)}
+                engine.fit(model=model, datamodule=datamodule)
+            engine.test(model=model, datamodule=datamodule, verbose=False)
+            measured = collection.measure(evaluator.scores(), self.task.resamples)
+        (result,) = self.task.results(self.cells, self.data, collection, measured, model, started)
+        details = result.details | {"references": keep.files if keep else []}
+        return [replace(result, seconds_per_image=cost.seconds, peak_memory_mb=cost.memory_mb, details=details)]
 
 
-class SharedPassJob(BenchmarkJob):
+@dataclass(frozen=True)
+class SharedPassJob:
     """All settings of APRIL-GAN on one category, from one pass over its test images.
 
     Args:
         task: What is common to all jobs.
         cells: Which, all of one model and category.
-        arguments: Of :class:`AprilGAN`.
-        datamodule: Makes its data.
-        clips: CLIPs that earlier jobs loaded, by the names of their models; this job's comes to them.
+        entry: The model.
+        data: Its data.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        cells: Sequence[Cell],
-        arguments: dict[str, Any],
-        datamodule: Callable[[], AnomalibDataModule],
-        clips: dict[str, ClipBackbone] | None = None,
-    ) -> None:
-        super().__init__(task.accelerator, cast("Any", None), cast("Any", None), cells[0].seed, {})
-        self.task, self.cells, self._arguments, self._load = task, list(cells), arguments, datamodule
-        self._clips = {} if clips is None else clips
+    task: Task
+    cells: tuple[Cell, ...]
+    entry: ModelEntry
+    data: DataEntry
 
     def split(self) -> list[SharedPassJob]:
         """Jobs of one cell each."""
-        return [SharedPassJob(self.task, [cell], self._arguments, self._load, self._clips) for cell in self.cells]
+        return [replace(self, cells=(cell,)) for cell in self.cells]
 
     @hide_output
-    def run(self, task_id: int | None = None) -> dict[str, Any]:  # noqa: ARG002  # one process
-        """Test all settings; returns a :class:`CellResult` for each."""
+    def run(self, workplace: Workplace, device: int | None = None) -> list[CellResult]:
+        """Test all settings."""
         started = time.perf_counter()
-        seed_everything(self.seed, verbose=False)
+        datamodule = set_up(self.data.build())
+        truth = workplace.truth_of(self.data, datamodule, self.task.evaluation_size)
+        seed_everything(self.cells[0].seed, verbose=False)
         shots = [Setting(cell.k_shot, cell.seed) for cell in self.cells]
-        self.datamodule = self._load()
-        self.datamodule.prepare_data()
-        self.datamodule.setup()
-        shown = first_defects(self.datamodule, self.task.shown)
+        shown, name = truth.first_defects(self.task.shown), self.entry.name
         with (
             temporary_folder(self.task.scratch) as folder,
-            Collection(len(shots), self.task.scratch, streaming=self.task.streaming, shown=list(shown)) as collection,
+            self.task.collection(truth, len(shots), shown) as collection,
         ):
-            model = SharedPass(shots, **self._arguments)
-            name = self.cells[0].model
-            if name in self._clips:
-                model.model.attach_backbone(self._clips[name])
+            model = SharedPass(shots, **self.entry.arguments_for(self.data))
+            if name in workplace.clips:
+                model.model.attach_backbone(workplace.clips[name])
             model.collection = collection
-            engine = self.task.engine(folder, limit_val_batches=0)
-            engine.test(model=model, datamodule=self.datamodule, verbose=False)
-            self._clips[name] = model.model.backbone
-            metrics = collection.measure(model.scores())
-        details = {
-            "weights_sha256": weights_checksum(model),
-            "clip_digest": model.model.backbone.digest,
-            "adapters": model.made.provenance.to_dict(),
-        }
-        found = _results(self.cells, metrics, collection, details, started)
-        results = [
-            replace(result, details=result.details | {"references": files})
-            for result, files in zip(found, model.files_of_banks, strict=True)
-        ]
-        self._keep_maps(collection, model, shown)
-        return {"results": results}
+            engine = self.task.engine(folder, device, limit_val_batches=0, **self.entry.trainer)
+            engine.test(model=model, datamodule=datamodule, verbose=False)
+            workplace.clips[name] = model.model.backbone
+            measured = collection.measure(model.scores(), self.task.resamples)
+        found = self.task.results(self.cells, self.data, collection, measured, model, started)
+        details = {"clip_digest": model.model.backbone.digest, "adapters": model.made.provenance.to_dict()}
+        results = []
+        for result, files in zip(found, model.files_of_banks, strict=True):
+            seconds, memory = model.costs[result.cell.k_shot]
+            kept = result.details | details | {"references": files}
+            results.append(replace(result, seconds_per_image=seconds, peak_memory_mb=memory, details=kept))
+        self._keep_maps(collection, model)
+        return results
 
-    def _keep_maps(self, collection: Collection, model: SharedPass, shown: dict[str, str]) -> None:
+    def _keep_maps(self, collection: Collection, model: SharedPass) -> None:
         """The maps of the shown images, on the scale from 0 to what a map of these stages reaches."""
         stages, limit = len(model.model.stages), model.model.map_limit
-        for number, (path, mask) in enumerate(shown.items()):
-            maps = {
-                f"{setting.k_shot}-shot": (of_setting / (limit if setting.k_shot else stages)).half()
-                for setting, of_setting in zip(model.shots, collection.shown[path], strict=True)
+        masks = collection.truth.masks or []
+        for number, (index, maps) in enumerate(collection.shown.items()):
+            arrays: dict[str, Any] = {
+                f"{setting.k_shot}-shot": (of_setting / (limit if setting.k_shot else stages)).half().numpy()
+                for setting, of_setting in zip(model.shots, maps, strict=True)
                 if setting.seed == model.shots[0].seed or not setting.k_shot
             }
             cell = self.cells[0]
-            arrays: dict[str, Any] = {name: values.numpy() for name, values in maps.items()}
-            arrays |= {"image": np.array(path), "mask": np.array(mask)}
+            arrays |= {"image": np.array(collection.truth.paths[index]), "mask": masks[index]}
             file = self.task.maps / f"{file_stem(cell.model, cell.dataset, cell.category)}-{number}.npz"
             if file.exists():  # of the settings that were done before
                 with np.load(file) as kept:
@@ -218,12 +265,12 @@ class SharedPassJob(BenchmarkJob):
             write_atomically(file, partial(np.savez, **arrays))
 
 
-def first_defects(datamodule: AnomalibDataModule, number: int) -> dict[str, str]:
-    """The first images with a mask of so many kinds of defects: image path by mask path."""
-    samples = datamodule.test_data.samples
-    samples = samples[(samples.label_index == 1) & (samples.mask_path.fillna("") != "")]
-    firsts = samples.sort_values("image_path").groupby("label").head(1) if "label" in samples else samples
-    return dict(zip(firsts.image_path[:number], firsts.mask_path[:number], strict=True))
+def set_up(datamodule: AnomalibDataModule) -> AnomalibDataModule:
+    """The same, its files fetched and its images split, once: the Engine would split them again."""
+    seed_everything(SPLIT_SEED, verbose=False)  # anomalib draws some splits without asking for a seed
+    datamodule.prepare_data()
+    datamodule.setup(cast("Any", TrainerFn.TESTING))
+    return datamodule
 
 
 def _show_raw_scores(model: AnomalibModule, evaluator: CollectingEvaluator) -> None:
@@ -234,26 +281,3 @@ def _show_raw_scores(model: AnomalibModule, evaluator: CollectingEvaluator) -> N
         post_processor.enable_thresholding = False
     model.evaluator = evaluator
     model.visualizer = None
-
-
-def _results(
-    cells: Sequence[Cell],
-    metrics: Sequence[dict[str, float]],
-    collection: Collection,
-    details: dict[str, Any],
-    started: float,
-) -> list[CellResult]:
-    labels: Tensor = torch.cat(collection.labels)
-    seconds = (time.perf_counter() - started) / len(cells)
-    details = details | {"hardware": hardware(), "finished": now()}
-    return [
-        CellResult(
-            cell,
-            n_images=len(labels),
-            n_anomalous=int(labels.sum()),
-            metrics=of_cell,
-            seconds=seconds,
-            details=details,
-        )
-        for cell, of_cell in zip(cells, metrics, strict=True)
-    ]

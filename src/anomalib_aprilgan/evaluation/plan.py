@@ -1,13 +1,11 @@
-"""What a benchmark's config asks for: models, data, numbers of references and seeds, read and checked."""
+"""The cells of a benchmark: which models on which data, with how many references and which seeds."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.resources import as_file, files
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,18 +13,19 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule
 from anomalib.models import Padim
 from anomalib.models.components import AnomalibModule
-from anomalib.models.image.winclip import torch_model as winclip
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.utils.config import flatten_dict
 
+from ..checks import shown
+from ..data.datamodules import GatheredData
 from ..lightning_model import AprilGAN
-from ..plugin import register
 from .cells import FULL, Cell
+from .config import BenchmarkConfig, TrainerConfig, class_of, made
 
-_BENCHMARK = {"seed", "k_shot", "model", "data", "metrics", "shown", "shared_pass"}
-_MODEL = {"class_path", "init_args", "name", "weights"}
-_DATA = {"class_path", "init_args"}
-_GENERATED = "generated"
-_GENERATED_CLIP = "ViT-generated-240"
+SPLIT_SEED = 0
+"""Seed of the split of a datamodule that was given none: one for all models and seeds."""
+
+_LONGEST_VALUE = 24
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,19 @@ class ModelEntry:
     Args:
         name: In the tables.
         model: Its class.
-        arguments: For its constructor.
-        generated: Whether its weights are random instead of downloaded; its figures then mean nothing.
+        config: ``class_path`` and ``init_args``.
+        trainer: Arguments of Lightning's trainer.
     """
 
     name: str
     model: type[AnomalibModule]
-    arguments: dict[str, Any]
-    generated: bool
+    config: dict[str, Any]
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For its constructor, as the config has them."""
+        return dict(self.config.get("init_args") or {})
 
     @property
     def is_few_shot(self) -> bool:
@@ -59,8 +63,15 @@ class ModelEntry:
         except AttributeError:  # it depends on the instance
             return False
 
-    def takes(self, k_shot: int) -> bool:
-        """Whether a cell of so many shots makes sense."""
+    def shots(self, asked: Sequence[int] | None) -> list[int]:
+        """Those of the numbers of references that make sense for it; its own where none are asked for."""
+        if asked is None:
+            own = inspect.signature(self.model).parameters.get("k_shot")
+            k_shot = self.arguments.get("k_shot", 0 if own is None else own.default)
+            return [k_shot if self.is_few_shot else 0 if self.is_zero_shot_only else FULL]
+        return [k_shot for k_shot in asked if self._takes(k_shot)]
+
+    def _takes(self, k_shot: int) -> bool:
         if 0 < k_shot < self.fewest_images:
             return False
         if self.is_few_shot:
@@ -72,37 +83,56 @@ class ModelEntry:
         """Number of images below which the model is not defined: PaDiM's covariance needs two."""
         return 2 if issubclass(self.model, Padim) else 1
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether one pass serves all settings: ours with memory banks, but for tiles."""
-        whole, few_shot = self.arguments.get("tile_size") is None, self.arguments.get("few_shot", "memory_bank")
-        return issubclass(self.model, AprilGAN) and whole and few_shot == "memory_bank"
+    def is_shared(self, data: DataEntry) -> bool:
+        """Whether one pass serves all settings: ours with memory banks and of one class, but for tiles."""
+        given = self.arguments
+        whole, few_shot = given.get("tile_size") is None, given.get("few_shot", "memory_bank") == "memory_bank"
+        plain = not any(isinstance(value, dict) and "class_path" in value for value in given.values())
+        return issubclass(self.model, AprilGAN) and whole and few_shot and plain and not data.is_of_many_classes
 
-    def build(self, k_shot: int) -> AnomalibModule:
-        """The model of a setting."""
-        arguments = dict(self.arguments)
+    def build(self, cell: Cell, data: DataEntry) -> AnomalibModule:
+        """The model of a cell."""
+        arguments = self.arguments_for(data)
         if self.is_few_shot:
-            arguments["k_shot"] = k_shot
-            if not k_shot:
+            arguments["k_shot"] = cell.k_shot
+            if not cell.k_shot:
                 arguments.pop("references", None)  # those of the other settings
-        if self.generated and "pre_trained" in inspect.signature(self.model).parameters:
-            arguments["pre_trained"] = False
-        with _without_downloads() if self.generated else nullcontext():
-            return self.model(**arguments)
+        if issubclass(self.model, AprilGAN):
+            arguments["seed"] = cell.seed
+        return made(AnomalibModule, self.config | {"init_args": arguments}, f"benchmark.model ({self.name})")
+
+    def arguments_for(self, data: DataEntry) -> dict[str, Any]:
+        """Its arguments, with the words for the classes of the data where it takes such."""
+        takes_words = data.class_words and "class_name" in inspect.signature(self.model).parameters
+        return ({"class_name": data.class_words} if takes_words else {}) | self.arguments
 
 
-@contextmanager
-def _without_downloads() -> Iterator[None]:
-    """WinCLIP names its CLIP in two constants; a small random one for as long as it is built."""
-    module: Any = winclip
-    before = module.BACKBONE, module.PRETRAINED
-    with as_file(files(__package__) / f"{_GENERATED_CLIP}.json") as path:
-        module.open_clip.add_model_config(path)
-    module.BACKBONE, module.PRETRAINED = _GENERATED_CLIP, None
-    try:
-        yield
-    finally:
-        module.BACKBONE, module.PRETRAINED = before
+@dataclass(frozen=True)
+class DataEntry:
+    """One datamodule of the config.
+
+    Args:
+        name: In the tables, where rows of one name are means over categories.
+        datamodule: Name of its class.
+        category: Its category; empty for data without.
+        config: ``class_path`` and ``init_args``.
+        is_of_many_classes: Whether its images are of several classes, each told by the batch.
+        class_words: What prompts call the category, or each of the classes.
+    """
+
+    name: str
+    datamodule: str
+    category: str
+    config: dict[str, Any]
+    is_of_many_classes: bool = False
+    class_words: str | dict[str, str] | None = None
+
+    def build(self) -> AnomalibDataModule:
+        """The datamodule, which splits its images alike for everyone."""
+        datamodule = made(AnomalibDataModule, self.config, f"benchmark.data ({self.name})")
+        if getattr(datamodule, "seed", None) is None:
+            datamodule.seed = SPLIT_SEED
+        return datamodule
 
 
 @dataclass(frozen=True)
@@ -111,176 +141,172 @@ class Plan:
 
     Args:
         models: The models.
-        data: One config per datamodule and category.
-        shots: Numbers of references.
+        data: The datamodules, one for each category.
+        shots: Numbers of references; none if every model has its own.
         seeds: Seeds.
-        streaming: Whether metrics are taken in bounded memory.
-        shown: Number of images per category in the drawings.
-        shared_pass: Whether all settings of ours are taken from one pass.
+        accelerators: Where models run.
+        options: The other entries.
     """
 
     models: tuple[ModelEntry, ...]
-    data: tuple[dict[str, Any], ...]
-    shots: tuple[int, ...]
+    data: tuple[DataEntry, ...]
+    shots: tuple[int, ...] | None
     seeds: tuple[int, ...]
-    streaming: bool
-    shown: int
-    shared_pass: bool
+    accelerators: tuple[str, ...]
+    options: BenchmarkConfig
 
-    def groups(self) -> Iterator[tuple[ModelEntry, dict[str, Any], list[Cell]]]:
+    def groups(self, accelerator: str) -> Iterator[tuple[ModelEntry, DataEntry, list[Cell]]]:
         """Cells that one model and one category have, in the order of the config."""
         for data in self.data:
-            dataset, category = data["class_path"].rpartition(".")[2], str(data["init_args"].get("category", ""))
             for entry in self.models:
                 cells = [
-                    Cell(entry.name, dataset, category, k_shot, seed)
-                    for k_shot in self.shots
-                    if entry.takes(k_shot)
+                    Cell(entry.name, data.name, data.category, k_shot, seed, accelerator)
+                    for k_shot in entry.shots(self.shots)
                     for seed in (self.seeds if k_shot else self.seeds[:1])
                 ]
                 yield entry, data, cells
 
     def cells(self) -> list[Cell]:
         """All of them."""
-        return [cell for _, _, cells in self.groups() for cell in cells]
+        return [cell for accelerator in self.accelerators for *_, cells in self.groups(accelerator) for cell in cells]
 
 
-def read_config(config: dict[str, Any]) -> Plan:
-    """Read and check the part ``benchmark`` of a config.
-
-    Args:
-        config: ``seed``, ``model`` and ``data`` as in ``anomalib benchmark``, each one or a ``grid``; ``k_shot``,
-            numbers of references or ``full``. Models may also be a mapping from their names in the tables, and have
-            ``weights: generated`` (random ones, offline). ``metrics`` is ``exact`` or ``streaming``; ``shown`` the
-            number of images per category in the drawings; ``shared_pass: false`` tests the settings of ours one by
-            one.
+def read_plan(config: BenchmarkConfig, accelerators: Sequence[str] = ("auto",)) -> Plan:
+    """What a config asks for.
 
     Raises:
-        ValueError: A key or model is unknown, or a value is none of those that can be.
+        ValueError: A class or argument is unknown, two entries have the same name, or there is nothing to do.
     """
-    register()
-    check_keys("benchmark", config, _BENCHMARK)
-    for key in ("model", "data"):
-        if key not in config:
-            msg = f"`benchmark.{key}` is missing: name at least one, `{key}: {{class_path: ...}}`."
+    shots = None if config.k_shot is None else tuple(FULL if given == "full" else given for given in config.k_shot)
+    plan = Plan(_models(config), _data(config), shots, tuple(config.seed), tuple(accelerators), config)
+    lists = {"seed": plan.seeds, "k_shot": plan.shots or (), "accelerator": plan.accelerators}
+    for key, values in lists.items():
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            msg = f"`{key}` names {'full' if twice[0] == FULL else twice[0]} more than once, got {[*values]}."
             raise ValueError(msg)
-    entries = _models(config["model"])
-    names = [entry.name for entry in entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        msg = f"`benchmark.model` has {names.count(twice[0])} models named {twice[0]!r}. Give each a `name`."
+    if not plan.cells():
+        words = ", ".join("full" if k_shot == FULL else str(k_shot) for k_shot in plan.shots or ())
+        names = ", ".join(entry.name for entry in plan.models)
+        msg = (
+            f"`benchmark` asks for nothing: none of {names} can be tested with `k_shot` {words}. Zero-shot models take "
+            "0, those that only learn from normal images others and `full`; leave `k_shot` out for what each takes."
+        )
         raise ValueError(msg)
-    metrics = config.get("metrics", "exact")
-    if metrics not in {"exact", "streaming"}:
-        msg = f"`benchmark.metrics` must be exact or streaming, got {metrics!r}."
-        raise ValueError(msg)
-    return Plan(
-        models=tuple(entries),
-        data=tuple(_data(config["data"])),
-        shots=tuple(FULL if value == "full" else _count("k_shot", value) for value in _listed(config.get("k_shot", 0))),
-        seeds=tuple(_count("seed", value) for value in _listed(config.get("seed", 0))),
-        streaming=metrics == "streaming",
-        shown=_count("shown", config.get("shown", 1)),
-        shared_pass=bool(config.get("shared_pass", True)),
-    )
+    return plan
 
 
-def _models(given: Any) -> list[ModelEntry]:  # noqa: ANN401  # YAML
-    entries = []
-    for expanded in _expanded("model", given):
-        check_keys("benchmark.model", expanded, _MODEL)
-        path = expanded.get("class_path", "")
-        model = _class_of(path, "anomalib.models", AnomalibModule, "benchmark.model.class_path")
-        arguments = dict(expanded.get("init_args") or {})
-        _check_arguments(model, arguments, f"benchmark.model ({path})")
-        weights = expanded.get("weights")
-        if weights not in {None, _GENERATED}:
-            msg = (
-                f"`benchmark.model.weights` must be {_GENERATED!r} or left out, got {weights!r}. Files of weights are "
-                "named by the arguments of the model."
-            )
+def _models(config: BenchmarkConfig) -> tuple[ModelEntry, ...]:
+    entries = _expanded("model", config.model, {"name", "trainer"})
+    found = []
+    for name, entry in zip(_names(entries, [None] * len(entries), "model"), entries, strict=True):
+        where = f"benchmark.model ({name})"
+        trainer = vars(config.trainer) | dict(entry.options.get("trainer") or {})
+        unknown = sorted(set(trainer) - set(vars(TrainerConfig())))
+        if unknown:
+            msg = f"`{where}`: `trainer` has no {unknown[0]!r}; it knows {', '.join(vars(TrainerConfig()))}."
             raise ValueError(msg)
-        name = expanded.get("name") or model.__name__
-        entries.append(ModelEntry(f"{name} (random weights)" if weights else name, model, arguments, bool(weights)))
-    return entries
+        given = {key: value for key, value in trainer.items() if value is not None and key != "devices"}
+        found.append(ModelEntry(name, class_of(AnomalibModule, entry.config, where), entry.config, given))
+    return tuple(found)
 
 
-def _data(given: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # YAML
-    entries = []
-    for expanded in _expanded("data", given):
-        check_keys("benchmark.data", expanded, _DATA)
-        path = expanded.get("class_path", "")
-        datamodule = _class_of(path, "anomalib.data", AnomalibDataModule, "benchmark.data.class_path")
-        arguments = dict(expanded.get("init_args") or {})
-        _check_arguments(datamodule, arguments, f"benchmark.data ({path})")
-        entries.append({"class_path": path, "init_args": arguments})
-    return entries
+def _data(config: BenchmarkConfig) -> tuple[DataEntry, ...]:
+    entries = _expanded("data", config.data, {"name", "class_words"})
+    modules = [made(AnomalibDataModule, entry.config, "benchmark.data") for entry in entries]
+    own = [None if module.name == type(module).__name__ else module.name for module in modules]
+    categories = [str(getattr(module, "category", None) or "") for module in modules]
+    found = []
+    for name, entry, module, category in zip(
+        _names(entries, own, "data", categories), entries, modules, categories, strict=True
+    ):
+        words = entry.options.get("class_words")
+        is_of_many = isinstance(module, GatheredData)
+        if words is not None and not (
+            isinstance(words, dict) and all(isinstance(text, str) for text in [*words, *words.values()])
+        ):
+            msg = f"`benchmark.data.class_words` must map categories to words, {{'01': tile}}, got {shown(words)}."
+            raise ValueError(msg)
+        chosen = words if is_of_many or words is None else words.get(category)
+        found.append(DataEntry(name, type(module).__name__, category, entry.config, is_of_many, chosen))
+    return tuple(found)
 
 
-def _expanded(key: str, given: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # YAML
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of the config without a grid: ``source`` is its place before the grids were expanded."""
+
+    config: dict[str, Any]
+    options: dict[str, Any]
+    source: int
+
+
+def _expanded(key: str, given: Any, options: set[str]) -> list[_Entry]:  # noqa: ANN401  # YAML
     """Every combination of the grids of an entry, of a list of entries, or of models by their names."""
+    given = _with_grids(given)
     entries = given["grid"] if isinstance(given, dict) and set(given) == {"grid"} else given
     if isinstance(entries, dict):
-        named = (
-            key == "model"
-            and "class_path" not in entries
-            and all(isinstance(one, dict | None) for one in entries.values())
-        )
-        entries = [{"name": name} | one for name, one in entries.items() if one] if named else [entries]
+        is_named = "class_path" not in entries and all(isinstance(one, dict | None) for one in entries.values())
+        named = [{"name": name} | one for name, one in entries.items() if one] if is_named else [entries]
+        entries = named if key == "model" else [entries]
     if not isinstance(entries, list) or not entries or not all("class_path" in entry for entry in entries):
-        msg = f"`benchmark.{key}` must be a mapping with `class_path`, or a list or `grid` of such, got {given!r}."
+        msg = f"`benchmark.{key}` must be a mapping with `class_path`, or a list or `grid` of such, got {shown(given)}."
         raise ValueError(msg)
-    return [expanded for entry in entries for expanded in get_iterator_from_grid_dict(entry)]
-
-
-def _listed(given: Any) -> list[Any]:  # noqa: ANN401  # YAML
-    """One value, a list, or anomalib's ``grid``."""
-    values = given["grid"] if isinstance(given, dict) and set(given) == {"grid"} else given
-    return list(values) if isinstance(values, list) else [values]
-
-
-def _count(key: str, value: Any) -> int:  # noqa: ANN401  # YAML
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        extra = ", or full" if key == "k_shot" else ""
-        msg = f"`benchmark.{key}` must be a whole number from 0 on{extra}, got {value!r}."
-        raise ValueError(msg)
-    return value
-
-
-def check_keys(where: str, given: Any, known: set[str]) -> None:  # noqa: ANN401  # YAML
-    """Refuse what would be ignored.
-
-    Raises:
-        ValueError: ``given`` has a key that is not ``known``; ``where`` names it in the config.
-    """
-    unknown = sorted(set(given) - known)
-    if unknown:
-        msg = f"`{where}` has the unknown key {unknown[0]!r}; it knows {', '.join(sorted(known))}."
-        raise ValueError(msg)
-
-
-def _class_of(path: str, home: str, kind: type, argument: str) -> type[Any]:
-    """The class of a name in anomalib, or of a full path.
-
-    Raises:
-        ValueError: There is none, or it is of another kind.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module or home), name, None)
-    except ImportError:
-        found = None
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        msg = f"`{argument}`: {path!r} is no {kind.__name__} of {module or home}. Check the name, or give a full path."
-        raise ValueError(msg)
+    found = []
+    for source, entry in enumerate(entries):
+        kept = {name: entry[name] for name in options & set(entry)}
+        rest = {name: value for name, value in entry.items() if name not in options}
+        found += [_Entry(config, kept, source) for config in get_iterator_from_grid_dict(rest)]
     return found
 
 
-def _check_arguments(called: type, arguments: dict[str, Any], where: str) -> None:
-    parameters = inspect.signature(called).parameters
-    if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    unknown = sorted(set(arguments) - set(parameters))
-    if unknown:
-        msg = f"`{where}` has no argument {unknown[0]!r}; it takes {', '.join(parameters)}."
+def _with_grids(given: Any) -> Any:  # noqa: ANN401  # YAML
+    """``grid_search``, as anomalib's older documentation has it, as ``grid``."""
+    if isinstance(given, list):
+        return [_with_grids(one) for one in given]
+    if not isinstance(given, dict):
+        return given
+    return {"grid" if key == "grid_search" else key: _with_grids(value) for key, value in given.items()}
+
+
+def _names(
+    entries: Sequence[_Entry], own: Sequence[str | None], key: str, categories: Sequence[str] | None = None
+) -> list[str]:
+    """Names in the tables: given, the datamodule's own, or the class; with what varies within a grid or a class.
+
+    Raises:
+        ValueError: Two entries have the same name and category.
+    """
+    classes = [entry.config["class_path"].rpartition(".")[2] for entry in entries]
+    bases = [entry.options.get("name") or name for entry, name in zip(entries, own, strict=True)]
+    flat = [flatten_dict(entry.config) for entry in entries]
+    names = []
+    for entry, base, cls, values in zip(entries, bases, classes, flat, strict=True):
+        like = [
+            other_values
+            for other, other_base, other_cls, other_values in zip(entries, bases, classes, flat, strict=True)
+            if (other_base == base and other.source == entry.source if base else not other_base and other_cls == cls)
+        ]
+        varying = [
+            name
+            for name in values
+            if any(other.get(name) != values[name] for other in like)
+            and not (categories is not None and name == "init_args.category")
+            and not (base is None and name == "class_path")
+        ]
+        words = [f"{name.rpartition('.')[2]}={_short(values[name])}" for name in varying]
+        names.append(" ".join([str(base or cls), *words]))
+    labels = list(zip(names, categories or [""] * len(names), strict=True))
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        msg = (
+            f"`benchmark.{key}` has {labels.count(twice)} entries named {' '.join(filter(None, twice))!r}. Give each a "
+            "`name` of its own."
+        )
         raise ValueError(msg)
+    return names
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ..network.memory_bank import MemoryBank
 from ..results.table import DecisionsWriter
 from ..running import datamodule_of, plain_images
 from .collecting import Collection
+from .cost import measure_cost
 from .many_banks import predict_banks
 
 
@@ -61,6 +63,8 @@ class SharedPass(AprilGAN):
         self._banks: list[list[int]] = []
         self._text: list[Tensor] = []
         self._statistics: list[list[Tensor]] = [[] for _ in self.shots]
+        self.costs: dict[int, tuple[float, float]] = {}
+        self._first: Tensor | None = None
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Those of the model without its table of decisions: raw scores have no threshold."""
@@ -94,7 +98,10 @@ class SharedPass(AprilGAN):
         if self.collection is None:
             msg = "`collection` takes the maps and is not set: set it before the test."
             raise RuntimeError(msg)
-        text, maps = predict_banks(self.model, self._bank, plain_images(batch), self._banks)
+        images = plain_images(batch)
+        if self._first is None:
+            self._first = images[:1].clone()
+        text, maps = predict_banks(self.model, self._bank, images, self._banks)
         self._text.append(text.float().cpu())
         self.collection.add(batch, self._noted(maps))
 
@@ -102,6 +109,16 @@ class SharedPass(AprilGAN):
         for statistics, anomaly_map in zip(self._statistics, maps, strict=True):
             statistics.append(map_statistic(anomaly_map, self.settings.top_share).float().cpu())
             yield anomaly_map
+
+    def on_test_end(self) -> None:
+        """Measure what one image costs with each number of references, as a model with these alone takes it."""
+        super().on_test_end()
+        everything = {file for bank in self._banks for file in bank}
+        for setting, bank in zip(self.shots, self._banks, strict=True):
+            if setting.k_shot not in self.costs and self._first is not None:
+                run = partial(self.model.predict, self._first, without=everything - set(bank), few_shot=bool(bank))
+                context = self.trainer.precision_plugin.forward_context()
+                self.costs[setting.k_shot] = measure_cost(run, self.device, context)
 
     def scores(self) -> list[Tensor]:
         """After the test, for every setting the scores ``(N,)`` of all images."""

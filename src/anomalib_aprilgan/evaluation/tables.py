@@ -41,6 +41,31 @@ def setting_of(k_shot: int) -> str:
     return {0: "zero-shot", FULL: "all images"}.get(k_shot, f"{k_shot}-shot")
 
 
+def row_name(model: str, accelerator: str | None) -> str:
+    """A model as tables and plots name it, with its accelerator where there are several."""
+    return model if accelerator is None else f"{model} on {accelerator}"
+
+
+def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Results as tables show them: rows are told apart by accelerators, and data sets by the lists of their images.
+
+    Cells of one category whose test images differ are never in one table.
+
+    Args:
+        frame: :meth:`Results.frame`.
+    """
+    frame = frame.copy()
+    if frame.accelerator.nunique() > 1:
+        frame["model"] = [row_name(*pair) for pair in zip(frame.model, frame.accelerator, strict=True)]
+    done = frame[frame.status == DONE]
+    lists = done.groupby(["dataset", "category"], sort=False).test_files.unique()
+    for (dataset, category), digests in lists.items():
+        for number, digest in list(enumerate(digests))[1:]:
+            chosen = (frame.dataset == dataset) & (frame.category == category) & (frame.test_files == digest)
+            frame.loc[chosen, "dataset"] = f"{dataset}, other test images ({number + 1})"
+    return frame
+
+
 def settings_in(frame: pd.DataFrame) -> list[int]:
     """Numbers of references, rising, all images last."""
     return sorted(frame.k_shot.unique(), key=lambda k_shot: (k_shot == FULL, k_shot))
@@ -80,10 +105,10 @@ def comparison(frame: pd.DataFrame, tolerance: float) -> str:
         Markdown, percent; empty where there is nothing to compare with.
     """
     parts = []
-    for dataset, rows in _done(frame).groupby("dataset", sort=False):
-        named = rows[rows.model.map(method_of).notna()]
-        if dataset in DATASETS and len(named):
-            parts += [_beside_report(str(dataset), named, tolerance), _beside_code(str(dataset), named, tolerance)]
+    for _, rows in _done(frame).groupby("dataset", sort=False):
+        named, datamodule = rows[rows.model.map(method_of).notna()], str(rows.datamodule.iloc[0])
+        if datamodule in DATASETS and len(named):
+            parts += [_beside_report(datamodule, named, tolerance), _beside_code(datamodule, named, tolerance)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -100,6 +125,25 @@ def per_category(frame: pd.DataFrame) -> str:
             table = _markdown(("category", "model", *map(title_of, PAPER)), lines)
             parts.append(f"## {dataset}, {setting_of(k_shot)}\n\n{table}")
     return "\n\n".join(parts)
+
+
+def costs(frame: pd.DataFrame) -> str:
+    """Time and memory of the network alone for one image, mean over categories and seeds."""
+    parts = []
+    done = _done(frame)
+    for dataset, rows in done[done.seconds_per_image.notna()].groupby("dataset", sort=False):
+        lines = [
+            (
+                setting_of(k_shot),
+                model,
+                f"{1000 * group.seconds_per_image.mean():.1f}",
+                f"{group.peak_memory_mb.max():.0f}",
+            )
+            for k_shot, model, group in _rows_of(rows)
+        ]
+        parts.append(f"## {dataset}\n\n{_markdown(('setting', 'method', 'ms', 'MB at most'), lines)}")
+    note = "Of the network alone, one image at a time. Memory is that of the whole process on a CPU."
+    return "\n\n".join([*parts, note]) if parts else ""
 
 
 def failures(frame: pd.DataFrame) -> str:
@@ -125,6 +169,8 @@ def _table_per_data_set(frame: pd.DataFrame, metrics: Sequence[str]) -> str:
         words = f"{len(wanted)} {'category' if len(wanted) == 1 else 'categories'}, "
         words += f"{seeds} {'seed' if seeds == 1 else 'seeds'}"
         table = _markdown(("setting", "method", *map(title_of, metrics)), lines)
+        sizes = " and ".join(sorted(rows.evaluation_size.unique()))
+        words += f"; pixels at the size of the {sizes}" if "ground" in sizes else f"; pixels at {sizes}"
         title = f"## {dataset} ({words}; percent, mean over categories"
         title += ", ± its population standard deviation over seeds)" if seeds > 1 else ")"
         parts.append("\n\n".join([title, table, *notes]))

@@ -10,7 +10,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,18 +18,18 @@ from rich.console import Console
 
 from ... import AprilGAN
 from ...evaluation.cells import Cell, CellResult
-from ...evaluation.jobs import CellJob, SharedPassJob, Task
+from ...evaluation.jobs import CellJob, SharedPassJob, Task, Workplace
+from ...evaluation.plan import DataEntry, ModelEntry
 from ...evaluation.tables import markdown
 from .. import built_in
-from ..inspection import DrawnInspection
 
 CATEGORIES = ("leather", "nut")
 ARGUMENTS: dict[str, Any] = {
     "backbone": built_in.ARCHITECTURE,
     "pretrained": built_in.PRETRAINED,
     "image_size": built_in.IMAGE_SIZE,
-    "stages": built_in.STAGES,
-    "memory_stages": built_in.MEMORY_STAGES,
+    "stages": list(built_in.STAGES),
+    "memory_stages": list(built_in.MEMORY_STAGES),
 }
 
 
@@ -43,7 +42,8 @@ def settings_of(category: str) -> list[Cell]:
 def seconds_and_results(jobs: Sequence[CellJob | SharedPassJob]) -> tuple[float, list[CellResult]]:
     """Run jobs one after the other."""
     started = time.perf_counter()
-    results = [result for job in jobs for result in cast("list[CellResult]", job.run()["results"])]
+    workplace = Workplace()
+    results = [result for job in jobs for result in cast("list[CellResult]", job.run(workplace))]
     return time.perf_counter() - started, results
 
 
@@ -66,24 +66,16 @@ def measure(root: Path, category: str, number: int) -> tuple[float, float, float
         category: Whose test images.
         number: Of good test images, and of bad ones.
     """
-    data = partial(
-        DrawnInspection,
-        root=root,
-        category=category,
-        image_size=built_in.IMAGE_SIZE,
-        num_test=number,
-        seed=300,
-        num_workers=0,
-    )
-    data().prepare_data()
+    drawn = {"root": str(root), "category": category, "image_size": built_in.IMAGE_SIZE, "num_test": number}
+    drawn |= {"seed": 300, "num_workers": 0}
+    data = DataEntry("drawn", "DrawnInspection", category, {"class_path": "DrawnInspection", "init_args": drawn})
+    model = ModelEntry("AprilGAN", AprilGAN, {"class_path": "AprilGAN", "init_args": ARGUMENTS})
+    data.build().prepare_data()
     with tempfile.TemporaryDirectory() as folder:
-        task = Task("cpu", streaming=False, scratch=Path(folder), maps=Path(folder), shown=0)
+        task = Task("cpu", streaming=False, scratch=Path(folder), maps=Path(folder), shown=0, resamples=1000)
         cells = settings_of(category)
-        shared = SharedPassJob(task, cells, ARGUMENTS, data)
-        single = [
-            CellJob(task, cell, partial(AprilGAN, **ARGUMENTS, k_shot=cell.k_shot, seed=cell.seed), data)
-            for cell in cells
-        ]
+        shared = SharedPassJob(task, tuple(cells), model, data)
+        single = [CellJob(task, (cell,), model, data) for cell in cells]
         together, first = seconds_and_results([shared])
         apart, second = seconds_and_results(single)
     return together, apart, largest_difference(first, second)
