@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
 from .checkpoint import check_file
 from .data.pre_processing import AprilGANPreProcessor
-from .results.aupro import AUPRO
+from .metrics import AUPRO
 from .results.evaluator import ClassEvaluator
 from .results.visualizer import AprilGANVisualizer
 

@@ -35,10 +35,10 @@ from anomalib_aprilgan.evaluation.benchmark import main
 from anomalib_aprilgan.evaluation.cells import COLUMNS, FULL
 from anomalib_aprilgan.evaluation.config import checked
 from anomalib_aprilgan.evaluation.many_banks import predict_banks
-from anomalib_aprilgan.evaluation.metrics import METRICS, measure
 from anomalib_aprilgan.evaluation.plan import Plan, read_plan
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
 from anomalib_aprilgan.evaluation.truth import Frame
+from anomalib_aprilgan.metrics import METRICS, measure
 from anomalib_aprilgan.preparation import network as preparation
 
 from ..conftest import DATASET

@@ -12,7 +12,7 @@ PACKAGE = Path(anomalib_aprilgan.__file__).parent
 LAYERS = [
     ("checks", "classes", "files", "recipe", "running"),
     ("clip",),
-    ("network", "data", "decision"),
+    ("network", "data", "decision", "metrics"),
     ("settings", "provenance"),
     ("building", "components", "inspection", "preparation", "checkpoint", "training", "results"),
     ("lightning_model",),
@@ -113,7 +113,7 @@ def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
 CORE = {name: path for name, path in MODULES.items() if name.partition(".")[0] not in {"demo", "evaluation"}}
 # Functions whose body may be longer than 40 lines, and why.
 LONG_FUNCTIONS: dict[str, str] = {}
-RATION = 42  # of casts, ignored types and lint rules together
+RATION = 40  # of casts, ignored types and lint rules together
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -12,7 +12,7 @@ import torch
 from scipy.ndimage import label
 from torchvision.tv_tensors import Mask
 
-from anomalib_aprilgan.results.aupro import AUPRO
+from anomalib_aprilgan.metrics import AUPRO
 
 
 def batch(seed: int, count: int, height: int, width: int) -> Any:

@@ -22,10 +22,9 @@ from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_aprilgan.demo.studies import metrics_speed
-from anomalib_aprilgan.evaluation import streaming as streaming_form
-from anomalib_aprilgan.evaluation.evaluator_metrics import ChallengeF1Max, PublishedAUPRO
-from anomalib_aprilgan.evaluation.metrics import METRICS, measure
-from anomalib_aprilgan.evaluation.streaming import PROMISED, StreamingMetrics
+from anomalib_aprilgan.metrics import METRICS, ChallengeF1Max, PublishedAUPRO, measure
+from anomalib_aprilgan.metrics import streaming as streaming_form
+from anomalib_aprilgan.metrics.streaming import PROMISED, StreamingMetrics
 
 GOLDEN = Path(__file__).parents[1] / "golden_metrics"
 CASES = Path(__file__).parents[1] / "parity" / "golden"
@@ -45,8 +44,8 @@ IMAGES = ("image_auroc", "image_f1_max", "image_ap", "image_aupr")
 MEMORY = """
 import json
 import numpy as np
-from anomalib_aprilgan.evaluation.metrics import measure
-from anomalib_aprilgan.evaluation.streaming import StreamingMetrics
+from anomalib_aprilgan.metrics import measure
+from anomalib_aprilgan.metrics.streaming import StreamingMetrics
 IMAGES, BATCH = 100, 4
 
 def batch(start):

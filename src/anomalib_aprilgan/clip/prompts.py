@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from ..checks import check_text, shown
 from ..files import is_file

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from platformdirs import user_cache_path
-from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm import tqdm
 
 from ..files import sha256, temporary_beside
 from . import library

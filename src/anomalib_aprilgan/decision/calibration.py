@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats.mstats import hdquantiles  # type: ignore[import-untyped]  # its stubs are a package of their own
+from scipy.stats.mstats import hdquantiles
 from torch import Tensor
 from torchvision.transforms import v2
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm import tqdm
 
 from ..plugin import register
 from .cells import FAILED, CellResult, Results

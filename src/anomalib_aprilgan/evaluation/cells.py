@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ..files import write_atomically
-from .metrics import METRICS
+from ..metrics import METRICS
 
 FULL = -1
 """Number of shots that stands for all training images."""

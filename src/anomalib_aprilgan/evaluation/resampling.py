@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from scipy.stats import norm
 
-from .metrics import METRICS, RATE_LIMIT, regions, thresholds_of
+from ..metrics import METRICS
+from ..metrics.exact import RATE_LIMIT, regions, thresholds_of
 
 Floats = NDArray[np.float64]
 Samples = dict[str, NDArray[np.float32]]

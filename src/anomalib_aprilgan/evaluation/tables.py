@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from ..metrics import METRICS
 from .cells import DONE, FAILED, FULL
-from .metrics import METRICS
 from .published import DATASETS, method_of, official_code, report_table
 
 PAPER = METRICS[:7]

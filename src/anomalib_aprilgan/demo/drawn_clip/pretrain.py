@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize
-from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm import tqdm
 
 from ...clip.architecture import ClipArchitecture
 from ...clip.backbone import ClipBackbone

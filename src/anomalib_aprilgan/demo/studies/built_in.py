@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
-from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm import tqdm
 
 from ... import AprilGAN
 from ...decision.fusion import ScoreFusion

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm import tqdm
 
 from ... import AprilGAN
 from ...data.reading import load_image

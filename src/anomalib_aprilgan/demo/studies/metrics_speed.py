@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from skimage.measure import label, regionprops
 
-from ...evaluation.metrics import measure
-from ...evaluation.streaming import StreamingMetrics
+from ...metrics import StreamingMetrics, measure
 
 BATCH = 4
 TOLERANCES = {"exact": 1e-6, "streaming": 1e-4}
@@ -104,7 +103,7 @@ def _written_down(drawn: Maps) -> dict[str, float]:
 
 def _scikit_learn(labels: NDArray[np.bool_], scores: NDArray[Any]) -> dict[str, float]:
     try:
-        from sklearn.metrics import (  # type: ignore[import-untyped]  # it carries no types
+        from sklearn.metrics import (
             average_precision_score,
             precision_recall_curve,
             roc_auc_score,
