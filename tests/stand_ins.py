@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,3 +59,49 @@ def _with_defect(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray
 def _write(picture: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
+
+
+def write_data_sets(root: Path) -> dict[str, tuple[str, str]]:
+    """A category of each of anomalib's other data sets: by its name, the folder below ``root`` and the category."""
+    generator = np.random.default_rng(0)
+    layouts = {
+        # by data set: folder, category, good images of training and test, an anomalous image, its mask
+        "MPDD": (
+            "MPDD", "tubes", "train/good/{}.png", "test/good/{}.png", "test/hole/7.png", "ground_truth/hole/7_mask.png",
+        ),
+        "BTAD": ("BTech", "01", "train/ok/{}.png", "test/ok/{}.png", "test/ko/7.png", "ground_truth/ko/7.png"),
+        "MVTec LOCO AD": (
+            "LOCO", "pushpins", "train/good/{}.png", "test/good/{}.png",
+            "test/logical_anomalies/7.png", "ground_truth/logical_anomalies/7/000.png",
+        ),
+        "MVTec AD 2": (
+            "AD2", "can", "train/good/{}.png", "test_public/good/{}.png",
+            "test_public/bad/7.png", "test_public/ground_truth/bad/7_mask.png",
+        ),
+        "Real-IAD": (
+            "RealIAD/realiad_256", "mint", "OK/{}.png", "OK/1{}.png", "NG/7.png", "NG/7_mask.png",
+        ),
+        "VAD": ("VAD", "vad", "train/good/{}.png", "test/good/{}.png", "test/bad/7.png", "ground_truth/bad/7.png"),
+    }  # fmt: skip
+    for folder, category, train, test, bad, mask in layouts.values():
+        home = root / folder / category
+        for pattern in (train, test):
+            for number in range(2):
+                _write(_picture(generator), home / pattern.format(number))
+        picture, truth = _with_defect(generator)
+        _write(picture, home / bad)
+        _write(truth, home / mask)
+    _write(truth, root / "LOCO" / "pushpins" / "ground_truth" / "logical_anomalies" / "7" / "001.png")
+    _write(_picture(generator), root / "LOCO" / "pushpins" / "validation" / "good" / "0.png")
+    _write(_picture(generator), root / "AD2" / "can" / "validation" / "good" / "0.png")
+    listed = [{"anomaly_class": "OK", "image_path": f"OK/{number}.png"} for number in (0, 1, 10, 11)]
+    bad_one = {"anomaly_class": "NG", "image_path": "NG/7.png", "mask_path": "NG/7_mask.png"}
+    metadata = root / "RealIAD" / "realiad_jsons" / "realiad_jsons" / "mint.json"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(json.dumps({"train": listed[:2], "test": [*listed[2:], bad_one]}), encoding="utf-8")
+    for number in range(8):
+        picture, truth = _with_defect(generator)
+        _write(picture, root / "kolektor" / "kos01" / f"Part{number}.jpg")
+        _write(truth if number < 2 else 0 * truth, root / "kolektor" / "kos01" / f"Part{number}_label.bmp")
+    found = {name: (folder.split("/")[0], category) for name, (folder, category, *_) in layouts.items()}
+    return found | {"Kolektor SDD": ("kolektor", "")}

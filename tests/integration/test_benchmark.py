@@ -43,7 +43,7 @@ from anomalib_aprilgan.preparation import network as preparation
 
 from ..conftest import DATASET
 from ..generated_weights import generate
-from ..stand_ins import write_mvtec_ad, write_visa
+from ..stand_ins import write_data_sets, write_mvtec_ad, write_visa
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OURS = {
@@ -237,6 +237,30 @@ def test_killed_and_restarted_equals_undisturbed(configure: Configure, tmp_path:
     assert not (folder / "results.csv").exists()
     run(config)
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())  # not done twice
+    pd.testing.assert_frame_equal(
+        table_without_durations(folder), table_without_durations(undisturbed), check_exact=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_killed_at_ten_moments(configure: Configure, tmp_path: Path, devices: int) -> None:
+    settings = {"k_shot": [0, 1, 2, 3, 4], "seed": [0, 1, 2, 3], "shared_pass": False, "trainer": {"devices": devices}}
+    _, undisturbed = run(configure("undisturbed", **settings))
+    config, folder = configure("killed", **settings), tmp_path / "killed"
+    command = [sys.executable, "-m", "anomalib_aprilgan.evaluation.benchmark", "--config", str(config)]
+    generator, done = np.random.default_rng(0), [0]
+    for _ in range(10):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(generator.uniform(6, 11))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        done.append(len(list(folder.glob("cells/*.json"))))
+    assert done == sorted(done)
+    assert done[-1] > 0
+    run(config)
     pd.testing.assert_frame_equal(
         table_without_durations(folder), table_without_durations(undisturbed), check_exact=True
     )
@@ -689,3 +713,27 @@ def test_large_models_of_anomalib(configure: Configure, drawn: dict[str, Any], n
     assert list(table.status) == ["done"]
     assert list(table.k_shot) == ([1] if name == "Dinomaly" else [0])
     assert table.pixel_auroc.between(0, 1).all()
+
+
+def test_the_data_sets_of_anomalib_are_rows_ready_to_run(tmp_path: Path) -> None:
+    root, results = tmp_path / "data", tmp_path / "results"
+    layouts = write_data_sets(root)
+    path = CONFIGS / "benchmark_data_sets.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    plan = read_plan(checked(config).benchmark)
+    assert list(dict.fromkeys(entry.name for entry in plan.data)) == list(layouts)
+    assert len(plan.data) == 6 + 3 + 5 + 8 + 30 + 1 + 1
+    assert {entry.category: entry.class_words for entry in plan.data if entry.name == "BTAD"}["02"] == "wood"
+    others = ("WinCLIP", "AnomalyVFM", "AnomalyDINO", "PatchCore", "PaDiM", "Dinomaly")
+    arguments = [f"--benchmark.model.{name}=null" for name in others]
+    arguments += [f"--benchmark.model.AprilGAN.init_args={json.dumps(OURS['init_args'])}"]
+    for name, (folder, category) in layouts.items():
+        arguments += [f"--benchmark.data.{name}.init_args.root={root / folder}"]
+        arguments += [f"--benchmark.data.{name}.init_args.num_workers=0"]
+        arguments += [f"--benchmark.data.{name}.init_args.category='{category}'"] if category else []
+    main(["--config", str(path), *arguments, "--benchmark.k_shot=0", f"--results={results}", "--accelerator=cpu"])
+    table = pd.read_csv(results / "results.csv", keep_default_na=False)
+    assert list(table.dataset) == list(layouts)
+    assert set(table.status) == {"done"}
+    assert table.pixel_ap.between(0, 1).all()
+    assert set(table.n_anomalous) == {1, 2}

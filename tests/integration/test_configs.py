@@ -42,7 +42,8 @@ RECIPES = {"train_mvtec.yaml": (mvtec, "MVTecAD"), "train_visa.yaml": (visa, "Vi
 FOLDERS = {"train_folder_masks.yaml", "train_folder_labels.yaml", "train_folder_good.yaml"}
 BUILT_IN = {"built_in.yaml", "train_built_in.yaml"}
 # test_benchmark.py runs these.
-BENCHMARKS = {"benchmark.yaml", "benchmark_built_in.yaml", "reproduce_mvtec_ad.yaml", "reproduce_visa.yaml"}
+BENCHMARKS = {"benchmark.yaml", "benchmark_built_in.yaml", "benchmark_data_sets.yaml"}
+BENCHMARKS |= {"reproduce_mvtec_ad.yaml", "reproduce_visa.yaml"}
 
 
 def test_every_config_is_run_here() -> None:

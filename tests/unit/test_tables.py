@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,25 @@ class TestSummary:
         assert tables.summary(frame_of(CellResult(Cell("M", "D", "a", 0, 0), FAILED, "why"))) == ""
 
 
+class TestLabelled:
+    def test_cells_with_other_test_images_are_never_in_one_table(self) -> None:
+        def of(model: str, category: str, files: str) -> CellResult:
+            return replace(result(model, "D", category, 0, 0), test_files=files)
+
+        same = [of("M", "a", "1"), of("M", "b", "2"), of("N", "a", "1")]
+        frame = tables.labelled(frame_of(*same, of("N", "b", "3"), of("O", "b", "3")))
+        assert list(frame.dataset) == ["D", "D", "D", "D, other test images (2)", "D, other test images (2)"]
+        first, second = tables.summary(frame).split("## ")[1:]
+        assert [row[1] for row in lines_of(first)[2:]] == ["M", "N [1]"]
+        assert [row[1] for row in lines_of(second)[2:]] == ["N", "O"]
+        assert "no results, or not of every seed, for b" in first
+
+    def test_accelerators_are_told_apart(self) -> None:
+        cells = [CellResult(Cell("M", "D", "a", 0, 0, name), metrics={}) for name in ("cpu", "cuda")]
+        assert list(tables.labelled(frame_of(*cells)).model) == ["M on cpu", "M on cuda"]
+        assert list(tables.labelled(frame_of(cells[0])).model) == ["M"]
+
+
 class TestComparison:
     @pytest.mark.parametrize("dataset", DATASETS)
     def test_published_figures_themselves_are_not_flagged(self, dataset: str) -> None:
@@ -98,8 +118,8 @@ class TestComparison:
         assert "left out" in text
         assert not lines_of(text, "zero-shot", "WinClip")
 
-    def test_random_weights_and_other_data_are_not_compared(self) -> None:
-        rows = [result("AprilGAN", "Folder", "candle", 0, 0), result("PaDiM (random weights)", "Visa", "candle", 1, 0)]
+    def test_other_models_and_other_data_are_not_compared(self) -> None:
+        rows = [result("AprilGAN", "Folder", "candle", 0, 0), result("PaDiM, untrained", "Visa", "candle", 1, 0)]
         assert tables.comparison(frame_of(*rows), 0.01) == ""
 
 

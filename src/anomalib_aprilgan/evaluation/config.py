@@ -42,10 +42,9 @@ class BenchmarkConfig:
 
     Args:
         model: Models, each with `class_path` and `init_args`, and optionally `name` in the tables and `trainer`; one of
-            them, a list, a `grid`, or a mapping from names to models. A name that stands for nothing (`null`) is left
-            out.
+            them, a list, a `grid`, or a mapping from names. A name that stands for nothing (`null`) is left out.
         data: Datamodules, each with `class_path` and `init_args`, and optionally `name` in the tables and
-            `class_words`, from a category to the words that prompts have for it; one of them, a list, or a `grid`.
+            `class_words`, from a category to the words that prompts have for it; as many as models may be.
         seed: Seeds of the draw of references and of everything else that is random, but for the split of the data.
         k_shot: Numbers of reference images, or `full` for all training images; as every model has it otherwise.
         evaluation_size: Height and width, or side, in pixels to which maps and masks are brought for the metrics of

@@ -39,7 +39,7 @@ def heatmap_figure(
         extent = (0, image.shape[1], image.shape[0], 0)
         for axis, setting in zip(axes[row][2:], maps.values(), strict=True):
             axis.imshow(image)
-            axis.imshow(setting[row].cpu(), cmap="jet", vmin=0.0, vmax=1.0, alpha=0.5, extent=extent)
+            axis.imshow(setting[row].cpu().numpy(), cmap="jet", vmin=0.0, vmax=1.0, alpha=0.5, extent=extent)
     for axis, title in zip(axes[0], ("image", "ground truth", *maps), strict=True):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:

@@ -242,13 +242,12 @@ class _Entry:
 
 
 def _expanded(key: str, given: Any, options: set[str]) -> list[_Entry]:  # noqa: ANN401  # YAML
-    """Every combination of the grids of an entry, of a list of entries, or of models by their names."""
+    """Every combination of the grids of an entry, of a list of entries, or of entries by their names."""
     given = _with_grids(given)
     entries = given["grid"] if isinstance(given, dict) and set(given) == {"grid"} else given
     if isinstance(entries, dict):
         is_named = "class_path" not in entries and all(isinstance(one, dict | None) for one in entries.values())
-        named = [{"name": name} | one for name, one in entries.items() if one] if is_named else [entries]
-        entries = named if key == "model" else [entries]
+        entries = [{"name": name} | one for name, one in entries.items() if one] if is_named else [entries]
     if not isinstance(entries, list) or not entries or not all("class_path" in entry for entry in entries):
         msg = f"`benchmark.{key}` must be a mapping with `class_path`, or a list or `grid` of such, got {shown(given)}."
         raise ValueError(msg)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ..files import write_atomically
+from ..metrics.streaming import PROMISED
 from . import comparisons, plots, tables
 from .cells import DONE, FAILED, CellResult, Results, file_stem
 from .figures import heatmap_figure
@@ -75,6 +76,11 @@ def _notes(plan: Plan, found: Sequence[CellResult]) -> list[str]:
         numbers = sorted({of_cell.get(package, "unknown") for of_cell in versions})
         if len(numbers) > 1:
             notes.append(f"The cells were made with {package} {' and '.join(numbers)}; results.json tells which.")
+    bounds = [bound for result in found for bound in result.details.get("error_bounds", {}).values()]
+    if max(bounds, default=0.0) > PROMISED:
+        notes.append(
+            f"Streaming metrics may be off by up to {max(bounds):.1g}; results.json tells which, and by how much."
+        )
     return notes
 
 

@@ -94,8 +94,9 @@ def _mask_of(item: Any, size: Size | None) -> NDArray[np.bool_] | None:  # noqa:
     mask: Tensor | None = item.gt_mask
     if mask is None and bool(item.gt_label):
         return None
-    if mask is None:
-        mask = torch.zeros(item.image.shape[-2:], dtype=torch.uint8)
+    if mask is None or not bool(mask.any()):  # all of it one value, which takes no memory
+        shape = item.image.shape if mask is None else mask.shape
+        return np.broadcast_to(np.False_, size or tuple(shape[-2:]))
     plain = mask.as_subclass(Tensor).reshape(mask.shape[-2:]).to(torch.uint8)
     if size is not None and tuple(plain.shape) != size:
         plain = resize_mask(plain[None], size)[0]
