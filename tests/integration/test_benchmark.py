@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from anomalib.metrics import Evaluator
 from anomalib.models import Stfpm
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from omegaconf import OmegaConf
@@ -38,12 +39,13 @@ from anomalib_aprilgan.evaluation.many_banks import predict_banks
 from anomalib_aprilgan.evaluation.plan import Plan, read_plan
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
 from anomalib_aprilgan.evaluation.truth import Frame
-from anomalib_aprilgan.metrics import METRICS, measure
+from anomalib_aprilgan.metrics import METRICS, ChallengeF1Max, PublishedAUPRO, measure
 from anomalib_aprilgan.preparation import network as preparation
 
 from ..conftest import DATASET
 from ..generated_weights import generate
 from ..stand_ins import write_data_sets, write_mvtec_ad, write_visa
+from .runs import engine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OURS = {
@@ -254,7 +256,7 @@ def test_killed_at_ten_moments(configure: Configure, tmp_path: Path, devices: in
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        time.sleep(generator.uniform(6, 11))
+        time.sleep(devices * generator.uniform(6, 11))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         done.append(len(list(folder.glob("cells/*.json"))))
@@ -737,3 +739,14 @@ def test_the_data_sets_of_anomalib_are_rows_ready_to_run(tmp_path: Path) -> None
     assert set(table.status) == {"done"}
     assert table.pixel_ap.between(0, 1).all()
     assert set(table.n_anomalous) == {1, 2}
+
+
+def test_metrics_in_an_evaluator_are_those_of_the_table(
+    configure: Configure, drawn: dict[str, Any], tmp_path: Path
+) -> None:
+    table, _ = run(configure(k_shot=[0]))
+    evaluator = Evaluator(test_metrics=[PublishedAUPRO(), ChallengeF1Max(prefix="image_pixel_")])
+    model = AprilGAN(**OURS["init_args"], evaluator=evaluator, post_processor=False)
+    (found,) = engine(tmp_path).test(model=model, datamodule=DrawnInspection(**drawn["init_args"]), verbose=False)
+    assert found["PublishedAUPRO"] == pytest.approx(table.aupro[0], abs=1e-4)
+    assert found["image_pixel_ChallengeF1Max"] == pytest.approx(table.challenge_f1_max[0], abs=1e-4)

@@ -406,20 +406,21 @@ class TestStreaming:
 
     def test_thresholds_go_from_the_lowest_to_the_highest_score(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where both lie in bins with others, whose edges are elsewhere."""
-        monkeypatch.setattr(streaming_form, "MOST_BINS", 16)
+        monkeypatch.setattr(streaming_form, "MOST_BINS", 60)
         monkeypatch.setattr(streaming_form, "PIXELS_AT_ONCE", 500)
         masks, maps, labels, scores = drawn(levels=10**6)
-        streaming = fed(masks, maps + np.float32(0.3), labels, scores)
+        maps = maps + np.float32(0.3)
+        streaming = fed(masks, maps, labels, scores)
         bins = streaming._bins()
         assert bins is not None
-        assert bins.values[0] < 0.3 + maps.min()
-        assert bins.values[-1] < 0.3 + maps.max()
+        ends = maps.min(), maps.max()
+        assert bins.values[0] < ends[0]
+        assert bins.values[-1] < ends[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = streaming.compute()["aupro"]
         # As by the protocol, each pixel at the edge of its bin, thresholds between the scores themselves.
-        ends = np.float32(0.3) + maps.min(), np.float32(0.3) + maps.max()
-        at_edges = bins.values[np.searchsorted(bins.values, maps + np.float32(0.3), side="right") - 1]
+        at_edges = bins.values[np.searchsorted(bins.values, maps, side="right") - 1]
         rates, overlap = [], []
         regions = [label(mask, connectivity=2) for mask in masks]
         for threshold in np.arange(ends[0], ends[1], (ends[1] - ends[0]) / np.float32(200), dtype=np.float64):

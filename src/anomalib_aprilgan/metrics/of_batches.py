@@ -59,6 +59,9 @@ class PublishedAUPRO(AnomalibMetric, _PublishedAUPRO):  # type: ignore[misc]  # 
     200 thresholds are spaced evenly between the lowest and the highest pixel; false-positive rates below 0.3 are
     stretched to [0, 1] (the authors' ``test.py``). :class:`AUPRO` sweeps every threshold instead. Memory is bounded
     (:class:`Counting`). Maps ``(B, H, W)`` may be of another size in every batch.
+
+    The thresholds depend on the scale of the maps. The paper's figures are those of raw maps, which a model shows with
+    ``post_processor=False``; a post-processor that scales maps changes the figure somewhat.
     """
 
     default_fields = ("anomaly_map", "gt_mask")
