@@ -19,21 +19,45 @@ T = TypeVar("T")
 
 
 @dataclass
-class TrainerConfig:
-    """How the models that train are trained, where it is not as anomalib trains them.
+class ModelTrainer:
+    """How a model that trains is trained, where it is not as anomalib trains it.
 
     Args:
         max_epochs: Number of epochs.
         max_steps: Number of training steps.
         precision: Precision of training and test, as Lightning names it.
-        devices: How many cells are done at once, each on a device or in a process of its own; all GPUs otherwise, one
-            process on a CPU.
     """
 
     max_epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
     precision: str | PositiveInt | None = None
+
+
+@dataclass
+class TrainerConfig(ModelTrainer):
+    """How all models are trained, and how many at once.
+
+    Args:
+        devices: How many cells are done at once, each on a device or in a process of its own; all GPUs otherwise, one
+            process on a CPU.
+    """
+
     devices: PositiveInt | None = None
+
+
+@dataclass
+class EntryOptions:
+    """What an entry of a model or of data has beside `class_path` and `init_args`.
+
+    Args:
+        name: In the tables.
+        trainer: Of a model: how it is trained, where it is not as `benchmark.trainer` says.
+        class_words: Of data: by category, the words that prompts have for it.
+    """
+
+    name: str | None = None
+    trainer: ModelTrainer = field(default_factory=ModelTrainer)
+    class_words: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -155,6 +179,21 @@ def _listed(given: Any) -> list[Any]:  # noqa: ANN401  # YAML
     """One value, a list, or anomalib's ``grid``."""
     values = given["grid"] if isinstance(given, dict) and set(given) == {"grid"} else given
     return list(values) if isinstance(values, list) else [values]
+
+
+def options_of(given: dict[str, Any], where: str) -> EntryOptions:
+    """The options of an entry.
+
+    Raises:
+        ValueError: A value is none that an option can have; ``where`` names it in the config.
+    """
+    parsing = ArgumentParser(exit_on_error=False)
+    parsing.add_class_arguments(EntryOptions)
+    try:
+        found = parsing.instantiate_classes(parsing.parse_object(given))
+    except ArgumentError as error:
+        raise ValueError(_in_words(where, error)) from None
+    return EntryOptions(found.name, found.trainer, found.class_words)
 
 
 def made(kind: Callable[..., T], entry: dict[str, Any], where: str) -> T:

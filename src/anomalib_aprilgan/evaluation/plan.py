@@ -20,7 +20,7 @@ from ..checks import shown
 from ..data.datamodules import GatheredData
 from ..lightning_model import AprilGAN
 from .cells import FULL, Cell
-from .config import BenchmarkConfig, TrainerConfig, class_of, made
+from .config import BenchmarkConfig, EntryOptions, class_of, made, options_of
 
 SPLIT_SEED = 0
 """Seed of the split of a datamodule that was given none: one for all models and seeds."""
@@ -103,8 +103,12 @@ class ModelEntry:
 
     def arguments_for(self, data: DataEntry) -> dict[str, Any]:
         """Its arguments, with the words for the classes of the data where it takes such."""
-        takes_words = data.class_words and "class_name" in inspect.signature(self.model).parameters
-        return ({"class_name": data.class_words} if takes_words else {}) | self.arguments
+        is_ours, words = issubclass(self.model, AprilGAN), data.class_words
+        if not words or "class_name" not in inspect.signature(self.model).parameters:
+            return self.arguments
+        if is_ours and (data.is_of_many_classes or data.category):
+            return {"class_name": words} | self.arguments
+        return {"class_name": next(iter(words.values()))} | self.arguments
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class DataEntry:
         category: Its category; empty for data without.
         config: ``class_path`` and ``init_args``.
         is_of_many_classes: Whether its images are of several classes, each told by the batch.
-        class_words: What prompts call the category, or each of the classes.
+        class_words: What prompts call the category, or each of the classes; by its name.
     """
 
     name: str
@@ -125,7 +129,7 @@ class DataEntry:
     category: str
     config: dict[str, Any]
     is_of_many_classes: bool = False
-    class_words: str | dict[str, str] | None = None
+    class_words: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> AnomalibDataModule:
         """The datamodule, which splits its images alike for everyone."""
@@ -200,14 +204,11 @@ def _models(config: BenchmarkConfig) -> tuple[ModelEntry, ...]:
     entries = _expanded("model", config.model, {"name", "trainer"})
     found = []
     for name, entry in zip(_names(entries, [None] * len(entries), "model"), entries, strict=True):
-        where = f"benchmark.model ({name})"
-        trainer = vars(config.trainer) | dict(entry.options.get("trainer") or {})
-        unknown = sorted(set(trainer) - set(vars(TrainerConfig())))
-        if unknown:
-            msg = f"`{where}`: `trainer` has no {unknown[0]!r}; it knows {', '.join(vars(TrainerConfig()))}."
-            raise ValueError(msg)
-        given = {key: value for key, value in trainer.items() if value is not None and key != "devices"}
-        found.append(ModelEntry(name, class_of(AnomalibModule, entry.config, where), entry.config, given))
+        own = {key: value for key, value in vars(entry.options.trainer).items() if value is not None}
+        trainer = {key: value for key, value in (vars(config.trainer) | own).items() if value is not None}
+        trainer.pop("devices", None)
+        model = class_of(AnomalibModule, entry.config, f"benchmark.model ({name})")
+        found.append(ModelEntry(name, model, entry.config, trainer))
     return tuple(found)
 
 
@@ -216,18 +217,11 @@ def _data(config: BenchmarkConfig) -> tuple[DataEntry, ...]:
     modules = [made(AnomalibDataModule, entry.config, "benchmark.data") for entry in entries]
     own = [None if module.name == type(module).__name__ else module.name for module in modules]
     categories = [str(getattr(module, "category", None) or "") for module in modules]
+    names = _names(entries, own, "data", categories)
     found = []
-    for name, entry, module, category in zip(
-        _names(entries, own, "data", categories), entries, modules, categories, strict=True
-    ):
-        words = entry.options.get("class_words")
-        is_of_many = isinstance(module, GatheredData)
-        if words is not None and not (
-            isinstance(words, dict) and all(isinstance(text, str) for text in [*words, *words.values()])
-        ):
-            msg = f"`benchmark.data.class_words` must map categories to words, {{'01': tile}}, got {shown(words)}."
-            raise ValueError(msg)
-        chosen = words if is_of_many or words is None else words.get(category)
+    for name, entry, module, category in zip(names, entries, modules, categories, strict=True):
+        words, is_of_many = entry.options.class_words, isinstance(module, GatheredData)
+        chosen = words if is_of_many else {key: text for key, text in words.items() if key == category}
         found.append(DataEntry(name, type(module).__name__, category, entry.config, is_of_many, chosen))
     return tuple(found)
 
@@ -237,7 +231,7 @@ class _Entry:
     """An entry of the config without a grid: ``source`` is its place before the grids were expanded."""
 
     config: dict[str, Any]
-    options: dict[str, Any]
+    options: EntryOptions
     source: int
 
 
@@ -253,7 +247,7 @@ def _expanded(key: str, given: Any, options: set[str]) -> list[_Entry]:  # noqa:
         raise ValueError(msg)
     found = []
     for source, entry in enumerate(entries):
-        kept = {name: entry[name] for name in options & set(entry)}
+        kept = options_of({name: entry[name] for name in options & set(entry)}, f"benchmark.{key}")
         rest = {name: value for name, value in entry.items() if name not in options}
         found += [_Entry(config, kept, source) for config in get_iterator_from_grid_dict(rest)]
     return found
@@ -277,7 +271,7 @@ def _names(
         ValueError: Two entries have the same name and category.
     """
     classes = [entry.config["class_path"].rpartition(".")[2] for entry in entries]
-    bases = [entry.options.get("name") or name for entry, name in zip(entries, own, strict=True)]
+    bases = [entry.options.name or name for entry, name in zip(entries, own, strict=True)]
     flat = [flatten_dict(entry.config) for entry in entries]
     names = []
     for entry, base, cls, values in zip(entries, bases, classes, flat, strict=True):

@@ -154,7 +154,8 @@ def _published_overlap(rates: Floats, overlap: Floats) -> Floats:
     widths = -np.diff(rates, axis=1) * kept[:, :-1]
     area = (widths * (overlap[:, 1:] + overlap[:, :-1]) / 2).sum(axis=1)
     width = widths.sum(axis=1)
-    return np.divide(area, width, out=np.full(len(rates), math.nan), where=width > 0)
+    found: Floats = np.divide(area, width, out=np.full(len(rates), math.nan), where=width > 0)
+    return found
 
 
 def _exact_overlap(rates: Floats, overlap: Floats) -> Floats:
