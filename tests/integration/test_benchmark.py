@@ -365,6 +365,7 @@ GOOD = {"model": {"class_path": "Padim"}, "data": {"class_path": "MVTecAD", "ini
         ({"data": [{"class_path": "Folder", "init_args": {"name": "a", "normal_dir": d}} for d in "xy"]}, "named 'a'"),
         ({"data": {"class_path": "BTech", "init_args": {"category": 1}}}, r"category.*Expected.*quotation marks: '01'"),
         ({"data": GOOD["data"] | {"class_words": {"nut": 3}}}, "`benchmark.data`: .*class_words.*Got value: 3"),
+        ({"data": GOOD["data"] | {"class_words": {"nutt": "nut"}}}, "has words for nutt, and none for nut"),
         ({"shots": [1]}, "'benchmark' does not accept option 'shots'"),
         ({"k_shot": [-1]}, r"benchmark.k_shot.*-1"),
         ({"k_shot": [2, 2]}, r"`k_shot` names 2 more than once, got \[2, 2\]"),

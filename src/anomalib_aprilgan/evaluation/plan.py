@@ -219,6 +219,12 @@ def _data(config: BenchmarkConfig) -> tuple[DataEntry, ...]:
     categories = [str(getattr(module, "category", None) or "") for module in modules]
     names = _names(entries, own, "data", categories)
     found = []
+    for entry in entries:
+        known = [name for other, name in zip(entries, categories, strict=True) if other.source == entry.source]
+        words, is_of_many = entry.options.class_words, isinstance(modules[entries.index(entry)], GatheredData)
+        if words and not is_of_many and not set(words) & set(known):
+            msg = f"`benchmark.data.class_words` has words for {', '.join(words)}, and none for {', '.join(known)}."
+            raise ValueError(msg)
     for name, entry, module, category in zip(names, entries, modules, categories, strict=True):
         words, is_of_many = entry.options.class_words, isinstance(module, GatheredData)
         chosen = words if is_of_many else {key: text for key, text in words.items() if key == category}
@@ -270,24 +276,16 @@ def _names(
     Raises:
         ValueError: Two entries have the same name and category.
     """
-    classes = [entry.config["class_path"].rpartition(".")[2] for entry in entries]
     bases = [entry.options.name or name for entry, name in zip(entries, own, strict=True)]
+    classes = [entry.config["class_path"].rpartition(".")[2] for entry in entries]
+    groups = [(base, entry.source) if base else cls for entry, base, cls in zip(entries, bases, classes, strict=True)]
     flat = [flatten_dict(entry.config) for entry in entries]
+    apart = {"init_args.category"} if categories else set()  # the tables have a place of its own for it
     names = []
-    for entry, base, cls, values in zip(entries, bases, classes, flat, strict=True):
-        like = [
-            other_values
-            for other, other_base, other_cls, other_values in zip(entries, bases, classes, flat, strict=True)
-            if (other_base == base and other.source == entry.source if base else not other_base and other_cls == cls)
-        ]
-        varying = [
-            name
-            for name in values
-            if any(other.get(name) != values[name] for other in like)
-            and not (categories is not None and name == "init_args.category")
-            and not (base is None and name == "class_path")
-        ]
-        words = [f"{name.rpartition('.')[2]}={_short(values[name])}" for name in varying]
+    for base, cls, group, values in zip(bases, classes, groups, flat, strict=True):
+        like = [other for other, of in zip(flat, groups, strict=True) if of == group]
+        varying = [name for name in values if any(other.get(name) != values[name] for other in like)]
+        words = [f"{name.rpartition('.')[2]}={_short(values[name])}" for name in varying if name not in apart]
         names.append(" ".join([str(base or cls), *words]))
     labels = list(zip(names, categories or [""] * len(names), strict=True))
     twice = next((label for label in labels if labels.count(label) > 1), None)
