@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 from scipy.stats import norm
 
 from ..metrics import METRICS
@@ -95,7 +96,7 @@ class _Curves:
         self.rates = self.false / self.false[:, -1:]
 
     def auroc(self) -> Floats:
-        area: Floats = np.trapezoid(self.hits / self.hits[:, -1:], self.rates, axis=1)
+        area: Floats = trapezoid(self.hits / self.hits[:, -1:], self.rates, axis=1)
         return area
 
     def f1_max(self) -> Floats:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.integrate import trapezoid
 
 from .inputs import Arrays, Values, checked_images, checked_pixels
 
@@ -224,7 +225,7 @@ class Curve:
             share = (limit - rates[inside - 1]) / (rates[inside] - rates[inside - 1])
             last = heights[inside - 1] + share * (heights[inside] - heights[inside - 1])
             rates, heights = np.append(rates[:inside], limit), np.append(heights[:inside], last)
-        return trapezoid(rates, heights)
+        return float(trapezoid(heights, rates))
 
 
 class Regions(NamedTuple):
@@ -272,12 +273,7 @@ def stretched_area(rates: NDArray[np.float64], overlap: NDArray[np.float64]) -> 
     rates, overlap = rates[kept], overlap[kept]
     if not rates.size or rates.max() == rates.min():
         return math.nan
-    return -trapezoid((rates - rates.min()) / (rates.max() - rates.min()), overlap)
-
-
-def trapezoid(places: NDArray[np.float64], heights: NDArray[np.float64]) -> float:
-    """Area by the trapezoidal rule."""
-    return float(np.sum(np.diff(places) * (heights[1:] + heights[:-1])) / 2)
+    return -float(trapezoid(overlap, (rates - rates.min()) / (rates.max() - rates.min())))
 
 
 def rising_sums(counts: NDArray[Any]) -> Counts:
