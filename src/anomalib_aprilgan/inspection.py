@@ -27,7 +27,7 @@ def predict_images(
 ) -> RawPredictions:
     """Raw predictions of images ``(B, 3, H, W)``, float in ``[0, 1]``, whole or in tiles.
 
-    ``rows``, ``without``, ``output`` and ``few_shot`` are those of :meth:`AprilGANModel.predict`. Images that are
+    ``rows``, ``without``, ``output`` and ``few_shot`` are those of ``AprilGANModel.predict``. Images that are
     prepared, or whose CLIP output is known, are never tiled.
     """
     if images.ndim != 4 or images.shape[1] != 3:

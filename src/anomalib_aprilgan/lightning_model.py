@@ -88,7 +88,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         calibration: Normal images that set the thresholds, no defect needed: ``"references"`` (each held out in turn,
             with light variants), or others, given like ``references``. Unset, labelled validation images set them.
         false_positive_rate: Share of good parts that a calibrated threshold may flag, in (0, 0.5].
-        few_shot: Few-shot scorer, by its name in :data:`~anomalib_aprilgan.network.SCORERS`.
+        few_shot: Few-shot scorer, by its name in ``anomalib_aprilgan.network.SCORERS``.
         score_fusion: How text and map become the few-shot score, by its name in ``decision.fusion.FUSIONS``.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
@@ -257,7 +257,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         *,
         is_prepared: bool = False,
     ) -> RawPredictions:
-        """Raw predictions of images, whole or in tiles; see :func:`~anomalib_aprilgan.inspection.predict_images`."""
+        """Raw predictions of images, whole or in tiles; see ``anomalib_aprilgan.inspection.predict_images``."""
         parts, few_shot = (self.settings, self.model, self.pre_processor), not is_fitting(self)
         return predict_images(*parts, images, rows, without, output, is_prepared=is_prepared, few_shot=few_shot)
 

@@ -47,7 +47,7 @@ class Provenance:
 
     Attributes:
         trained_on: anomalib's data set names and the categories used; an empty list stands for all.
-        fingerprint: Digest of CLIP's weights (:attr:`ClipBackbone.digest`; 0.1.0 hashed the projection alone).
+        fingerprint: Digest of CLIP's weights (``ClipBackbone.digest``; 0.1.0 hashed the projection alone).
         stages: Tapped blocks, counted from 1.
         image_size: Height and width in pixels.
         versions: Of packages, by their names.
@@ -67,7 +67,7 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Provenance:
-        """From what :meth:`to_dict` returned; keys of later versions are left out. A ValueError names a wrong entry."""
+        """From what ``to_dict`` returned; keys of later versions are left out. A ValueError names a wrong entry."""
         check_entries("provenance", content, {name: of_entry for name, of_entry in _ENTRIES.items() if name in content})
         return cls(**{key: content[key] for key in _ENTRIES if key in content})
 
@@ -193,12 +193,12 @@ def resolve_adapters(adapters: str, datamodule: AnomalibDataModule | None, archi
 
 
 def adapter_path(source: str) -> Path:
-    """File of what :func:`resolve_adapters` returned; the authors' are fetched where they are missing."""
+    """File of what ``resolve_adapters`` returned; the authors' are fetched where they are missing."""
     return authors_adapters(source) if source in AUTHORS_ADAPTERS else Path(source).expanduser()
 
 
 def digest_of_adapters(source: str) -> str:
-    """SHA-256 of the file of what :func:`resolve_adapters` returned; a FileNotFoundError where there is none."""
+    """SHA-256 of the file of what ``resolve_adapters`` returned; a FileNotFoundError where there is none."""
     path = adapter_path(source)
     if not is_file(path):
         known = ", ".join(["auto", *AUTHORS_ADAPTERS])
@@ -208,7 +208,7 @@ def digest_of_adapters(source: str) -> str:
 
 
 def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:
-    """Weights and provenance of what :func:`resolve_adapters` returned; see :func:`load_adapters`."""
+    """Weights and provenance of what ``resolve_adapters`` returned; see ``load_adapters``."""
     state_dict, provenance = load_adapters(adapter_path(source))
     if source not in AUTHORS_ADAPTERS:
         return state_dict, provenance

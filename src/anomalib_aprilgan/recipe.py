@@ -65,7 +65,7 @@ class RowRecipes:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RowRecipes:
-        """From what :meth:`to_dict` returned."""
+        """From what ``to_dict`` returned."""
         parts: dict[str, Any] = {
             name: Recipe(**value) if isinstance(value, dict) else value for name, value in content.items()
         }

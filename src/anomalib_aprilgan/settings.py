@@ -26,7 +26,7 @@ PlainPaths = dict[str, str | list[str]] | list[str] | str
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; the arguments are described in :class:`~anomalib_aprilgan.AprilGAN`."""
+    """What the user asked for; the arguments are described in ``anomalib_aprilgan.AprilGAN``."""
 
     architecture: ClipArchitecture
     pretrained: str
@@ -105,7 +105,7 @@ def architecture_of(
     aspect_ratio: float | None,
     tile_size: int | None,
 ) -> ClipArchitecture:
-    """The CLIP that the arguments ask for, at its image size; see :meth:`ClipArchitecture.load`."""
+    """The CLIP that the arguments ask for, at its image size; see ``ClipArchitecture.load``."""
     if quick_gelu is not None:
         check_bool("quick_gelu", quick_gelu)
     size = height_and_width(image_size)
@@ -133,7 +133,7 @@ def source_of(argument: str, value: object) -> str:
 
 
 def numbers_of(argument: str, value: object) -> tuple[int, ...]:
-    """Blocks as a tuple; :meth:`ClipArchitecture.check_stages` says which there are."""
+    """Blocks as a tuple; ``ClipArchitecture.check_stages`` says which there are."""
     return tuple(check_int(argument, entry, -SEED_LIMIT) for entry in check_list(argument, value, "a list of blocks"))
 
 

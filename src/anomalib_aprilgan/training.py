@@ -58,7 +58,7 @@ def known_mask(batch: ImageBatch) -> Tensor | None:
 
 
 def mask_of(batch: ImageBatch) -> Tensor:
-    """What :func:`known_mask` returns; a ValueError where the batch tells neither masks nor labels."""
+    """What ``known_mask`` returns; a ValueError where the batch tells neither masks nor labels."""
     mask = known_mask(batch)
     if mask is None:
         msg = (

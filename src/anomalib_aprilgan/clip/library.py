@@ -68,7 +68,7 @@ def tokenizer(
 
 @lru_cache(maxsize=32)  # the sentences of a class, of every model of it
 def tokens_of(hub_name: str | None, context_length: int, options: str, sentences: tuple[str, ...]) -> Tensor:
-    """Tokens ``(len(sentences), context_length)`` of :func:`tokenizer`, not to be changed."""
+    """Tokens ``(len(sentences), context_length)`` of ``tokenizer``, not to be changed."""
     tokens: Tensor = tokenizer(hub_name, context_length, options)(list(sentences))
     return tokens
 

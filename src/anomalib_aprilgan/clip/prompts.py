@@ -100,7 +100,7 @@ class PromptEnsemble:
         return self.classes.get(name, self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, from which :meth:`of` makes the same again."""
+        """Plain data, from which ``of`` makes the same again."""
         lists: dict[str, Any] = {name: list(getattr(self, name)) for name in _LISTS}
         classes = {name: own.to_dict() for name, own in self.classes.items()}
         return lists | ({"classes": classes} if classes else {})

@@ -79,7 +79,7 @@ class _Module:
 
 
 class _ArchiveUnpickler(pickle.Unpickler):
-    """Builds tensors, and a :class:`_Module` for every module, whatever the pickle asks for."""
+    """Builds tensors, and a ``_Module`` for every module, whatever the pickle asks for."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(archive.open(f"{folder}/data.pkl"))

@@ -37,7 +37,7 @@ class WeightsUnavailableError(FileNotFoundError):
 
 
 class AuthorsAdapters(NamedTuple):
-    """A file of the authors' ``exps/pretrained``, its :func:`git_blob_id`, and the anomalib data it was trained on."""
+    """A file of the authors' ``exps/pretrained``, its ``git_blob_id``, and the anomalib data it was trained on."""
 
     file_name: str
     git_blob_id: str
@@ -179,7 +179,7 @@ def git_blob_id(path: Path) -> str:
 
 
 def verify_sha256(expected_prefix: str) -> Callable[[Path], None]:
-    """A check for :func:`fetch`: the file's SHA-256 begins with these digits."""
+    """A check for ``fetch``: the file's SHA-256 begins with these digits."""
     return lambda file: _expect(file, "SHA-256", expected_prefix, sha256(file)[: len(expected_prefix)])
 
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @contextmanager
 def read_rightly(data: object, resize: Transform | None = None, *, of_one_size: bool = False) -> Iterator[None]:
-    """Let the data sets in ``data`` read their images with :func:`load_image` for as long as the context lasts.
+    """Let the data sets in ``data`` read their images with ``load_image`` for as long as the context lasts.
 
     Each instance gets a subclass of its class, in which anomalib's own ``__getitem__`` finds ours under the names
     ``read_image`` and ``read_mask``; data sets that read in another way go on so. Masks are read by anomalib, as they
@@ -54,7 +54,7 @@ def read_rightly(data: object, resize: Transform | None = None, *, of_one_size: 
 
 
 def reading_copy(dataset: AnomalibDataset) -> AnomalibDataset:
-    """A copy that reads its images with :func:`load_image`."""
+    """A copy that reads its images with ``load_image``."""
     twin = copy(dataset)
     twin.__class__ = _reading_class(type(dataset))
     return twin

@@ -88,7 +88,7 @@ def augmentations_of(loaders: object, pre_processor: object) -> Transform | None
 
 
 def common_folder(data: object) -> Path | None:
-    """The folder that all files lie in which :func:`listed_files` lists; ``None`` where there are none."""
+    """The folder that all files lie in which ``listed_files`` lists; ``None`` where there are none."""
     folders = {Path(file).absolute().parent for file in listed_files(data)}
     return Path(commonpath(folders)) if folders else None
 

@@ -95,7 +95,7 @@ class MultiCategoryDataset(AnomalibDataset):
     """Images of several data sets as one, each under the class name of its datamodule.
 
     Items are read by a copy of the data set they come from, so that whatever it does with masks is kept, but without
-    its augmentations; images by :func:`~anomalib_aprilgan.data.reading.load_image`.
+    its augmentations; images by ``anomalib_aprilgan.data.reading.load_image``.
     """
 
     def __init__(self, datasets: Sequence[AnomalibDataset], datamodules: Sequence[AnomalibDataModule]) -> None:

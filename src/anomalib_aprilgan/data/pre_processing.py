@@ -33,7 +33,7 @@ _HALF_STEP, _OVERSHOOT = 0.5 / 255.0, 0.5
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision carries no types
-    """:func:`resize_image` and :func:`resize_mask` as a ``Resize``, which anomalib's datamodules look for."""
+    """``resize_image`` and ``resize_mask`` as a ``Resize``, which anomalib's datamodules look for."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -96,7 +96,7 @@ class AprilGANPreProcessor(PreProcessor):
         return {"image_size": list(self.image_size), **statistics}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` returned; tiled or not is this object's own choice."""
+        """Restore what ``checkpoint_config`` returned; tiled or not is this object's own choice."""
         height, width = config["image_size"]
         # Made whole first: what does not fit changes nothing.
         restored = AprilGANPreProcessor((height, width), tuple(config["mean"]), tuple(config["std"]), tiled=self.tiled)

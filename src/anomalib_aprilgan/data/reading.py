@@ -170,7 +170,7 @@ def display_image(path: str, max_side: int) -> Tensor:
 
 @contextmanager
 def keep_for_display(max_side: int) -> Iterator[None]:
-    """Keep small copies of the images that :func:`note_image` is told of, for as long as the context lasts."""
+    """Keep small copies of the images that ``note_image`` is told of, for as long as the context lasts."""
     _SIDES.append(max_side)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Lets anomalib's data sets read their images with :func:`~anomalib_aprilgan.data.reading.load_image` during a run."""
+"""Lets anomalib's data sets read their images with ``anomalib_aprilgan.data.reading.load_image`` during a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class ReadingHooks(Callback):
     """Changes how the data of a run is read, and puts everything back when the run ends, also by an exception.
 
-    A model calls :meth:`install` in its ``setup``, because workers of loaders start before the loops' hooks are called,
+    A model calls ``install`` in its ``setup``, because workers of loaders start before the loops' hooks are called,
     and returns this object from ``configure_callbacks``. Its callbacks, too, leave the trainer when the run ends:
     Lightning would run them with the next model.
     """
@@ -41,9 +41,9 @@ class ReadingHooks(Callback):
         return type(self), ()
 
     def install(self, trainer: Trainer, stage: str, own: Collection[object] = ()) -> None:
-        """Read all of a trainer's ``stage``, as ``setup`` gets it, with :func:`load_image`, until its run ends.
+        """Read all of a trainer's ``stage``, as ``setup`` gets it, with ``load_image``, until its run ends.
 
-        Predictions skip broken files as :func:`skip_unreadable` does; runs that draw keep small copies of the images.
+        Predictions skip broken files as ``skip_unreadable`` does; runs that draw keep small copies of the images.
         ``own`` are the callbacks that the model has brought.
         """
         undo = self._undo.setdefault(trainer, ExitStack())
@@ -71,7 +71,7 @@ class ReadingHooks(Callback):
                     undo.enter_context(keep_for_display(callback.max_side))
 
     def restore(self, trainer: Trainer) -> None:
-        """Put back what :meth:`install` has changed for a trainer."""
+        """Put back what ``install`` has changed for a trainer."""
         self._undo.pop(trainer, ExitStack()).close()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +164,7 @@ def unreadable_files(loaders: object) -> list[Path]:
 
 
 class SkippingLoader(DataLoader[Any]):
-    """A loader that leaves out what cannot be read; :func:`skip_unreadable` makes one of a plain loader."""
+    """A loader that leaves out what cannot be read; ``skip_unreadable`` makes one of a plain loader."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own class of iterators
         """Batches of readable images; an UnreadableImageError where there is not one."""

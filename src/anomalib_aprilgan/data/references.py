@@ -133,7 +133,7 @@ def draw_references(files: Sequence[Path], k_shot: int, seed: int, source: str) 
 
 
 def read_reference(file: Path, argument: str = "references") -> Tensor:
-    """One reference image ``(1, 3, H, W)``, read by :func:`load_image`, whose error then names the argument."""
+    """One reference image ``(1, 3, H, W)``, read by ``load_image``, whose error then names the argument."""
     try:
         return load_image(file).unsqueeze(0)
     except UnreadableImageError as error:

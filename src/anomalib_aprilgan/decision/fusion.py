@@ -45,7 +45,7 @@ class ScoreFusion(FullPrecision):
     """Fuses scores by class, with the bounds between which the map statistic is scaled.
 
     The authors take the bounds from all test images of a class. Here they are buffers, learned in validation or from
-    held-out references, so that an image can be scored alone. The rule is the name of one of :data:`FUSIONS`.
+    held-out references, so that an image can be scored alone. The rule is the name of one of ``FUSIONS``.
     """
 
     def __init__(self, rule: str = "mean", top_share: float = 0.0) -> None:

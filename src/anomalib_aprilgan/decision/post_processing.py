@@ -32,7 +32,7 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
     Bounds and thresholds are buffers with a row for each class, which checkpoints and exports carry. Until anything
     better is known, defaults hold: scores are cut at 0.5, maps run from 0 to their expected limit and are cut in the
     middle. Validation learns range and best-F1 threshold of scores and maps, as anomalib's does, and the bounds of the
-    fusion. :meth:`set_values` and calibration fix the values of a class, which no validation changes from then on.
+    fusion. ``set_values`` and calibration fix the values of a class, which no validation changes from then on.
 
     Args:
         map_limit: Highest value a map can be expected to take; set by the model.
@@ -43,7 +43,7 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         pixel_sensitivity: The same for pixels.
         top_share: Share of the map's pixels, the highest ones, whose mean stands for the map in the fused score;
             0 for its maximum.
-        score_fusion: Name of the fusion in :data:`~anomalib_aprilgan.decision.fusion.FUSIONS`.
+        score_fusion: Name of the fusion in ``anomalib_aprilgan.decision.fusion.FUSIONS``.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         return ClassValues(self, 0 if not self.classes and name == 0 else self.classes.row(name))
 
     def values(self) -> dict[str, float]:
-        """Bounds and thresholds of the only class by name, raw; see :meth:`ClassValues.values`."""
+        """Bounds and thresholds of the only class by name, raw; see ``ClassValues.values``."""
         return self._only_class().values()
 
     def set_values(self, **values: float) -> None:
-        """Fix some of :meth:`values` of the only class; see :meth:`ClassValues.set_values`."""
+        """Fix some of ``values`` of the only class; see ``ClassValues.set_values``."""
         self._only_class().set_values(**values)
 
     def _only_class(self) -> ClassValues:
@@ -149,7 +149,7 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         return list(given) if isinstance(given, list) else [given] * len(self.fixed)
 
     def set_sensitivity(self, level: Level, row: int, value: float) -> None:
-        """Replace one of :meth:`sensitivities`."""
+        """Replace one of ``sensitivities``."""
         check_share(f"{level}_sensitivity", value)
         given = self.sensitivities(level)
         given[row] = value

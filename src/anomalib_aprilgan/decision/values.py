@@ -33,7 +33,7 @@ class ClassValues:
         return {name: self._post_processor.get_buffer(buffer)[self._row].item() for name, buffer in BUFFERS.items()}
 
     def set_values(self, **values: float) -> None:
-        """Fix some of :meth:`values`; a ValueError if a name is unknown or a value not finite.
+        """Fix some of ``values``; a ValueError if a name is unknown or a value not finite.
 
         From then on validation changes none of this class.
         """
@@ -45,7 +45,7 @@ class ClassValues:
         self._post_processor.fixed[self._row] = True
 
     def take(self, values: Mapping[str, float]) -> None:
-        """Set some of :meth:`values`, without fixing them."""
+        """Set some of ``values``, without fixing them."""
         for name, value in values.items():
             self._post_processor.get_buffer(BUFFERS[name])[self._row] = value
 

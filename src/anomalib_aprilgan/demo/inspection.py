@@ -1,7 +1,7 @@
 """Drawn inspection data on disk in MVTec AD's layout, and the datamodule over it.
 
 Nothing is downloaded: the pictures are drawn on first use by
-:mod:`anomalib_aprilgan.demo.drawing`, so that a run needs no data set and every mask is exact.
+``anomalib_aprilgan.demo.drawing``, so that a run needs no data set and every mask is exact.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ __all__ = ["CATEGORIES", "DEFECTS", "OBJECTS", "TEXTURES", "DrawnInspection", "w
 class DrawnInspection(AnomalibDataModule):
     """Datamodule of procedurally drawn products with exact defect masks.
 
-    The pictures are drawn into :attr:`dataset_root` on first use and found there later. One
+    The pictures are drawn into ``dataset_root`` on first use and found there later. One
     ``seed`` and ``category`` is one product: its colours and style stay, while pose, light
     and fine structure change from picture to picture.
 

@@ -1,7 +1,7 @@
 """Any anomalib model x data x category x number of references x seed, from one YAML: tables, plots and pictures.
 
-``anomalib-aprilgan-benchmark --config configs/benchmark.yaml``, or :func:`run` from Python. It takes the files of
-``anomalib benchmark`` and some keys more (:class:`.config.BenchmarkConfig`).
+``anomalib-aprilgan-benchmark --config configs/benchmark.yaml``, or ``run`` from Python. It takes the files of
+``anomalib benchmark`` and some keys more (``config.BenchmarkConfig``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(config: dict[str, Any]) -> Results:
     """Run what is still to be done of a config, and write all tables, plots and pictures.
 
     Args:
-        config: See :class:`.config.Config`; what anomalib's own benchmark takes will do.
+        config: See ``config.Config``; what anomalib's own benchmark takes will do.
 
     Returns:
         The folder of results.

@@ -38,7 +38,7 @@ class Cell(NamedTuple):
         model: Name in the tables.
         dataset: Name of the datamodule in the tables.
         category: Its category.
-        k_shot: Number of reference images; 0 for zero-shot, :data:`FULL` for all training images.
+        k_shot: Number of reference images; 0 for zero-shot, ``FULL`` for all training images.
         seed: Seed of the draw of references and of everything else that is random, but for the split of the data.
         accelerator: Where it runs.
     """
@@ -63,7 +63,7 @@ class CellResult:
 
     Args:
         cell: Which.
-        status: :data:`DONE` or :data:`FAILED`.
+        status: ``DONE`` or ``FAILED``.
         reason: Why it failed.
         n_images: Number of test images.
         n_anomalous: Number of anomalous ones.
@@ -94,7 +94,7 @@ class CellResult:
     samples: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The result as a row with :data:`COLUMNS`."""
+        """The result as a row with ``COLUMNS``."""
         metrics = {name: self.metrics.get(name, math.nan) for name in METRICS}
         return {name: getattr(self, name) for name in COLUMNS if hasattr(self, name)} | self.cell._asdict() | metrics
 
@@ -164,7 +164,7 @@ class Results:
         return result is not None and result.status == DONE
 
     def frame(self, cells: Iterable[Cell]) -> pd.DataFrame:
-        """The results there are, one row per cell with :data:`COLUMNS`, in the order of ``cells``."""
+        """The results there are, one row per cell with ``COLUMNS``, in the order of ``cells``."""
         return pd.DataFrame([result.row() for result in self.results(cells)], columns=list(COLUMNS))
 
     def results(self, cells: Iterable[Cell]) -> list[CellResult]:

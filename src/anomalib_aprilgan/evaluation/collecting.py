@@ -105,7 +105,7 @@ class Collection:
         self._has_maps = self._has_maps and number >= 0
 
     def measure(self, scores: Sequence[Tensor], resamples: int = 0) -> list[tuple[dict[str, float], Samples]]:
-        """The metrics of every setting, :data:`.metrics.METRICS`, and those of bootstrap samples of the images.
+        """The metrics of every setting, ``metrics.METRICS``, and those of bootstrap samples of the images.
 
         Args:
             scores: Of every setting ``(N,)``, in the order of the images.

@@ -207,7 +207,7 @@ def made(kind: Callable[..., T], entry: dict[str, Any], where: str) -> T:
 
 
 def class_of(kind: Callable[..., T], entry: dict[str, Any], where: str) -> type[T]:
-    """The class that an entry names, its arguments checked; errors as :func:`made`."""
+    """The class that an entry names, its arguments checked; errors as ``made``."""
     module, _, name = _parsed(kind, entry, where)[1].entry.class_path.rpartition(".")
     return cast("type[T]", getattr(import_module(module), name))
 

@@ -27,7 +27,7 @@ class InferenceCost(Callback):
 
     Attributes:
         seconds: Median of three runs; NaN where the network cannot be run by itself.
-        memory_mb: See :func:`measure_cost`.
+        memory_mb: See ``measure_cost``.
     """
 
     def __init__(self) -> None:

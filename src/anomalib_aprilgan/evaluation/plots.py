@@ -27,7 +27,7 @@ def category_bars(frame: pd.DataFrame, metric: str, path: Path) -> None:
     """Bars of every category, one panel per data set and setting, one colour per model; whiskers are seeds.
 
     Args:
-        frame: :meth:`Results.frame`.
+        frame: ``Results.frame``.
         metric: The metric shown.
         path: PNG file to write.
     """
@@ -53,7 +53,7 @@ def shots_curve(frame: pd.DataFrame, metrics: Sequence[str], path: Path) -> None
     """Means over categories against the number of references; whiskers are seeds.
 
     Args:
-        frame: :meth:`Results.frame`.
+        frame: ``Results.frame``.
         metrics: The metrics shown, one panel each; a data set has a row of panels.
         path: PNG file to write.
     """

@@ -37,12 +37,12 @@ class SharedPass(AprilGAN):
 
     The tokens of a batch feed the zero-shot map and the memory bank of every setting, and are then forgotten. The
     few-shot scores are fused as published, with the bounds of the map statistic over the test images. Scores and
-    maps are those of :class:`AprilGAN` with these settings one by one, raw.
+    maps are those of ``AprilGAN`` with these settings one by one, raw.
 
     Args:
         shots: Numbers of references and seeds.
         references: Folder or list of reference images; else drawn from the datamodule's training images.
-        arguments: The others of :class:`AprilGAN`, without ``k_shot`` and ``seed``; of one class and without tiles.
+        arguments: The others of ``AprilGAN``, without ``k_shot`` and ``seed``; of one class and without tiles.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     Cells of one category whose test images differ are never in one table.
 
     Args:
-        frame: :meth:`Results.frame`.
+        frame: ``Results.frame``.
     """
     frame = frame.copy()
     if frame.accelerator.nunique() > 1:
@@ -80,7 +80,7 @@ def summary(frame: pd.DataFrame) -> str:
     """The paper's table for every data set: mean over categories, ± deviation of it over seeds.
 
     Args:
-        frame: :meth:`Results.frame`.
+        frame: ``Results.frame``.
 
     Returns:
         Markdown, percent; empty if no cell is done.
@@ -89,7 +89,7 @@ def summary(frame: pd.DataFrame) -> str:
 
 
 def exact_metrics(frame: pd.DataFrame) -> str:
-    """Anomalib's metrics and the challenge's beside the paper's, laid out as :func:`summary`."""
+    """Anomalib's metrics and the challenge's beside the paper's, laid out as ``summary``."""
     return _table_per_data_set(frame, OTHERS)
 
 
@@ -97,7 +97,7 @@ def comparison(frame: pd.DataFrame, tolerance: float) -> str:
     """Means over all categories beside the report's, and categories beside those of the authors' code.
 
     Args:
-        frame: :meth:`Results.frame`.
+        frame: ``Results.frame``.
         tolerance: Difference, as a fraction, beyond which a figure is flagged, if it is also beyond two
             published standard deviations.
 

@@ -126,6 +126,6 @@ def keys_of(values: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def values_of(keys: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The scores that :func:`keys_of` made these of."""
+    """The scores that ``keys_of`` made these of."""
     bits = keys.astype(np.uint32)
     return np.where(bits >> np.uint32(31), bits & np.uint32(2**31 - 1), ~bits).view(np.float32)

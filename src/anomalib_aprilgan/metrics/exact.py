@@ -1,4 +1,4 @@
-"""The metrics of the paper and anomalib's beside them, exact; where :mod:`.streaming` takes them in bounded memory.
+"""The metrics of the paper and anomalib's beside them, exact; where ``streaming`` takes them in bounded memory.
 
 Every figure but the published PRO follows from the counts at or above each distinct anomalous score,
 so the normal pixels are never looked at one by one:

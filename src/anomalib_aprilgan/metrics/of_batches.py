@@ -57,8 +57,8 @@ class PublishedAUPRO(AnomalibMetric, _PublishedAUPRO):  # type: ignore[misc]  # 
     """Area under the per-region overlap by the protocol of the paper.
 
     200 thresholds are spaced evenly between the lowest and the highest pixel; false-positive rates below 0.3 are
-    stretched to [0, 1] (the authors' ``test.py``). :class:`AUPRO` sweeps every threshold instead. Memory is bounded
-    (:class:`Counting`). Maps ``(B, H, W)`` may be of another size in every batch.
+    stretched to [0, 1] (the authors' ``test.py``). ``AUPRO`` sweeps every threshold instead. Memory is bounded
+    (``Counting``). Maps ``(B, H, W)`` may be of another size in every batch.
 
     The thresholds depend on the scale of the maps. The paper's figures are those of raw maps, which a model shows with
     ``post_processor=False``; a post-processor that scales maps changes the figure somewhat.
@@ -81,7 +81,7 @@ class _ChallengeF1Max(Counting):
 class ChallengeF1Max(AnomalibMetric, _ChallengeF1Max):  # type: ignore[misc]  # as anomalib makes its own
     """Harmonic mean of the F1-max of images and of pixels, which ranks the VAND challenge of CVPR 2023.
 
-    Memory is bounded (:class:`Counting`). Maps ``(B, H, W)`` may be of another size in every batch.
+    Memory is bounded (``Counting``). Maps ``(B, H, W)`` may be of another size in every batch.
     """
 
     default_fields = ("pred_score", "gt_label", "anomaly_map", "gt_mask")

@@ -23,18 +23,18 @@ from .inputs import Arrays, checked_images, checked_pixels
 MOST_BINS = 2**20
 PIXELS_AT_ONCE = 2**21
 PROMISED = 1e-4
-"""Error from which on :meth:`StreamingMetrics.compute` warns."""
+"""Error from which on ``StreamingMetrics.compute`` warns."""
 
 
 class Counting(Metric):
     """Base of metrics of any number of images in bounded memory.
 
     Distinct pixel scores are counted, not kept. Figures of up to a million distinct ones are exact. Of more, those
-    are counted together that weigh least: few pixels, low in the ranking. :meth:`bounds` tells how far each figure can
+    are counted together that weigh least: few pixels, low in the ranking. ``bounds`` tells how far each figure can
     be off. Image scores are kept.
 
     Args:
-        arguments: Of :class:`torchmetrics.Metric`.
+        arguments: Of ``torchmetrics.Metric``.
     """
 
     full_state_update = False
@@ -107,7 +107,7 @@ class Counting(Metric):
         """How far each of ``METRICS`` can be off, from the counts per bin; 0 for one that is exact or does not exist.
 
         Args:
-            scores: As in :meth:`StreamingMetrics.compute`.
+            scores: As in ``StreamingMetrics.compute``.
         """
         bounds = dict.fromkeys(METRICS, 0.0)
         bins = self._bins()
@@ -121,7 +121,7 @@ class Counting(Metric):
         return {name: float(bound) for name, bound in bounds.items()}
 
     def figures(self, scores: ArrayLike | None = None) -> dict[str, float]:
-        """A value for each of ``METRICS``; scores and errors as in :meth:`StreamingMetrics.compute`."""
+        """A value for each of ``METRICS``; scores and errors as in ``StreamingMetrics.compute``."""
         if not len(self.labels):
             msg = "There is nothing to measure yet: call `StreamingMetrics.update` first."
             raise RuntimeError(msg)
@@ -139,7 +139,7 @@ class Counting(Metric):
         return figures_of(image_curve(*checked_images(labels, given if scores is None else _array(scores))), pixels)
 
     def warned(self, figures: dict[str, float], scores: ArrayLike | None = None) -> dict[str, float]:
-        """The same figures; warns where one of them may be off by more than :data:`PROMISED`."""
+        """The same figures; warns where one of them may be off by more than ``PROMISED``."""
         bounds = self.bounds(scores)
         doubtful = {name: bounds[name] for name in figures if bounds[name] > PROMISED}
         if doubtful:
@@ -189,14 +189,14 @@ class Counting(Metric):
 
 
 class StreamingMetrics(Counting):
-    """All metrics of any number of images in bounded memory; see :class:`Counting`."""
+    """All metrics of any number of images in bounded memory; see ``Counting``."""
 
     def update(self, masks: ArrayLike | None, maps: ArrayLike | None, labels: ArrayLike, scores: ArrayLike) -> None:
-        """Add a batch; arguments and errors as in :meth:`Counting.count`."""
+        """Add a batch; arguments and errors as in ``Counting.count``."""
         self.count(masks, maps, labels, scores)
 
     def compute(self, scores: ArrayLike | None = None) -> dict[str, float]:
-        """Metrics of all batches so far; warns where a figure may be off by more than :data:`PROMISED`.
+        """Metrics of all batches so far; warns where a figure may be off by more than ``PROMISED``.
 
         Args:
             scores: ``(N,)``, in place of those that came with the batches, for scores that are known at the end

@@ -22,7 +22,7 @@ class RememberedImages(FullPrecision):
 
 
 class FewShotScorer(nn.Module, ABC):
-    """Base of few-shot scorers: one :class:`RememberedImages` per row, filled and compared by the subclass.
+    """Base of few-shot scorers: one ``RememberedImages`` per row, filled and compared by the subclass.
 
     Images ``(B, 3, H, W)`` come resized and normalised, with what CLIP made of them as ``output``. ``stages`` are those
     of CLIP that the scorer needs, ascending; none for one with a backbone of its own. Maps are expected up to

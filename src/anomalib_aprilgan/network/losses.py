@@ -52,12 +52,12 @@ def adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tenso
 
 
 def partial_adapter_loss(stage_probabilities: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Every image contributes what is known of it: :func:`adapter_loss` with a mask, else one of its label.
+    """Every image contributes what is known of it: ``adapter_loss`` with a mask, else one of its label.
 
-    This is ours, not the paper's, which trains on masks alone. ``target`` ``(B, H, W)`` is 0, 1 or :data:`UNKNOWN`.
+    This is ours, not the paper's, which trains on masks alone. ``target`` ``(B, H, W)`` is 0, 1 or ``UNKNOWN``.
     The loss is the mean over the images. One with a mask, a normal one's being zero, counts with
-    :func:`adapter_loss`; where all have one this *is* that loss. An image of which any pixel is unknown is
-    anomalous somewhere and counts with :func:`multiple_instance_loss`.
+    ``adapter_loss``; where all have one this *is* that loss. An image of which any pixel is unknown is
+    anomalous somewhere and counts with ``multiple_instance_loss``.
     """
     known = ~(target == UNKNOWN).flatten(1).any(dim=1)
     if known.all():
@@ -75,7 +75,7 @@ def multiple_instance_loss(stage_probabilities: Sequence[Tensor]) -> Tensor:
     """Loss of images that are anomalous nobody knows where: their most anomalous pixels shall be so.
 
     Multiple-instance learning with an image as the bag and its pixels as the instances; ours, not the paper's. In
-    every stage, the anomalous probability is averaged over the highest :data:`TOP_SHARE` of the pixels. Its ``-log`` is
+    every stage, the anomalous probability is averaged over the highest ``TOP_SHARE`` of the pixels. Its ``-log`` is
     the loss of an image, summed over the stages. Only normal images in the training hold the other pixels down.
     """
     losses = []

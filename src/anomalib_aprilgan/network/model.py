@@ -111,7 +111,7 @@ class AprilGANModel(nn.Module):
         return one.train(self.training)
 
     def forward(self, images: Tensor, rows: Tensor | None = None) -> InferenceBatch:
-        """Text probability as ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, H, W)``, see :meth:`predict`."""
+        """Text probability as ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, H, W)``, see ``predict``."""
         raw = self.predict(images, rows)
         return InferenceBatch(pred_score=raw.text_probability, anomaly_map=raw.anomaly_map)
 
@@ -130,7 +130,7 @@ class AprilGANModel(nn.Module):
             images: ``(B, 3, H, W)``, resized and normalised.
             rows: ``(B,)`` the class of each image; not needed for a model of one class.
             without: Indices of remembered references to hold out.
-            output: What :meth:`encode` made of the images, where that is known.
+            output: What ``encode`` made of the images, where that is known.
             few_shot: Whether references count.
 
         Raises:
@@ -150,7 +150,7 @@ class AprilGANModel(nn.Module):
         return RawPredictions(score, anomaly_map, probabilities)
 
     def stage_probabilities(self, images: Tensor, rows: Tensor | None = None) -> list[Tensor]:
-        """Probability maps ``(B, 2, H, W)`` of every stage, with gradients for the adapters; see :meth:`predict`."""
+        """Probability maps ``(B, 2, H, W)`` of every stage, with gradients for the adapters; see ``predict``."""
         output = self.encode(images)
         with full_precision(images):
             return self._stage_probabilities(images, output, self._text_features_of(rows))

@@ -76,7 +76,7 @@ def neighbourhood_mean(patch_tokens: Tensor, grid: tuple[int, int], side: int) -
 def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
     """A map ``(B, H, W)`` blurred with a Gaussian, which is cut at four deviations and mirrored at the border.
 
-    ``sigma`` is in pixels, 0 for none; both sides must be longer than :func:`smoothing_radius`. No value leaves the
+    ``sigma`` is in pixels, 0 for none; both sides must be longer than ``smoothing_radius``. No value leaves the
     range of the map.
     """
     if not sigma:
@@ -87,7 +87,7 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
 
 
 def smoothing_radius(sigma: float) -> int:
-    """How many pixels :func:`smooth` looks to either side."""
+    """How many pixels ``smooth`` looks to either side."""
     return int(4.0 * sigma + 0.5)
 
 

@@ -75,7 +75,7 @@ def run_tiled(
 
     Args:
         image: ``(3, H, W)``, float in ``[0, 1]`` or ``uint8``; neither copied nor changed.
-        tile_size: Side of the tiles in pixels, see :func:`tile_positions`.
+        tile_size: Side of the tiles in pixels, see ``tile_positions``.
         tile_overlap: Least share of it that a neighbour covers too, in ``[0, 1)``.
         batch_size: Number of tiles that are scored together.
         score: From tiles ``(B, 3, h, w)`` as they are in the image to scores ``(B,)`` and maps of any size; another
@@ -109,7 +109,7 @@ def predict_in_tiles(
     tile_overlap: float,
     predict: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Scores ``(B,)`` and maps ``(B, H, W)`` of large images, one image after the other; see :func:`run_tiled`.
+    """Scores ``(B,)`` and maps ``(B, H, W)`` of large images, one image after the other; see ``run_tiled``.
 
     ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one; ``predict`` gets those of its tiles.
     """
@@ -133,7 +133,7 @@ def tile_positions(height: int, width: int, tile_size: int, tile_overlap: float)
 
     The tiles are as few as give the overlap, evenly spread, flush with every border. Their side is ``tile_size``; a
     neighbour covers at least ``tile_overlap`` of it. A smaller image is one tile, cut to it. Errors are as in
-    :func:`check_tiles`, also for the sides of the image.
+    ``check_tiles``, also for the sides of the image.
     """
     check_tiles(tile_size, tile_overlap)
     for name, length in (("height", height), ("width", width)):

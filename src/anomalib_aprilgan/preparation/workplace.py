@@ -52,7 +52,7 @@ class Workplace:
 
     ``post_processor`` is ``None`` for one that is not ours; ``own_fusion`` then fuses the scores. ``precision`` names
     that in which images are encoded. ``augmentations`` are what the images under inspection go through, and normal ones
-    with them. ``predict`` is :meth:`AprilGAN.predict`.
+    with them. ``predict`` is ``AprilGAN.predict``.
     """
 
     settings: Settings

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class ResultWriter(Callback):
     """Base of callbacks that write the results of tests and predictions, in the same way for both.
 
-    A subclass implements :meth:`write_batch`, and :meth:`start` and :meth:`finish` where it needs them. Batches are
-    post-processed before they come here; see :func:`~anomalib_aprilgan.results.trainer.prepare_trainer`.
+    A subclass implements ``write_batch``, and ``start`` and ``finish`` where it needs them. Batches are
+    post-processed before they come here; see ``anomalib_aprilgan.results.trainer.prepare_trainer``.
     """
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
@@ -24,18 +24,18 @@ class ResultWriter(Callback):
         """End a run that was not interrupted."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Call :meth:`start`."""
+        """Call ``start``."""
         self.start(trainer, pl_module, loaders_of(trainer))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: ImageBatch, *_: object, **__: object
     ) -> None:
-        """Call :meth:`write_batch`."""
+        """Call ``write_batch``."""
         del outputs  # anomalib's steps write them into the batch
         self.write_batch(trainer, pl_module, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Call :meth:`finish`."""
+        """Call ``finish``."""
         self.finish(trainer, pl_module, loaders_of(trainer))
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end

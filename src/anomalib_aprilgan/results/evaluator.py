@@ -100,7 +100,7 @@ class ClassEvaluator(Evaluator):
     on_validation_epoch_end = on_test_epoch_end
 
     def renew_scores(self, batches: Sequence[Any]) -> None:
-        """Let metrics of scores begin anew with batches that have ``rows``; see :func:`renew_scores`."""
+        """Let metrics of scores begin anew with batches that have ``rows``; see ``renew_scores``."""
         for row, metrics in self._by_row.items():
             of_row = [images_of_row(batch, batch.rows, row) for batch in batches if (batch.rows == row).any()]
             renew_scores(metrics, of_row)

@@ -73,7 +73,7 @@ class MetricInputs(Callback):
 
 
 class BatchAsBefore(Callback):
-    """Gives a batch back what :class:`MetricInputs` has replaced."""
+    """Gives a batch back what ``MetricInputs`` has replaced."""
 
     def __init__(self, inputs: MetricInputs) -> None:
         self.inputs = inputs

@@ -49,7 +49,7 @@ class DecisionsWriter(ResultWriter):
 
     The table grows batch by batch, so that a run that is ended keeps what it got to; an older table goes with the first
     batch. When the run ends, the rows come into the order of the data. The first of several processes writes those of
-    all; until then the others have tables of their own beside it, ``decisions.rank1.csv``. Every :class:`AprilGAN`
+    all; until then the others have tables of their own beside it, ``decisions.rank1.csv``. Every ``AprilGAN``
     brings a writer; another one that the trainer is given takes its place.
 
     Args:

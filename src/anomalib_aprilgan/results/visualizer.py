@@ -37,7 +37,7 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
     Without the default post-processor, maps may exceed this range; they are then drawn as its ends, and the text under
     the panel says so. Without thresholds nothing is outlined or decided, and without a map there is no heatmap.
 
-    Files are PNGs in folders that :func:`output_folders` chooses. Images without a path are numbered.
+    Files are PNGs in folders that ``output_folders`` chooses. Images without a path are numbered.
 
     Args:
         output_dir: Folder for the drawings; else ``images`` in the trainer's ``default_root_dir``.

@@ -1,6 +1,6 @@
 """The small CLIP that comes with this package, and adapters for it: for trying things out, offline and fast.
 
-It was trained on captioned drawings (:mod:`anomalib_aprilgan.demo.drawn_clip`) and knows nothing else:
+It was trained on captioned drawings (``anomalib_aprilgan.demo.drawn_clip``) and knows nothing else:
 a demonstration model, no substitute for CLIP.
 """
 

@@ -70,7 +70,7 @@ class Canvas:
         return unit(0.5 - distance / self.px)
 
     def inside_implicit(self, field: Array) -> Array:
-        """As :meth:`inside` for any field that is negative inside; its slope is measured."""
+        """As ``inside`` for any field that is negative inside; its slope is measured."""
         across, down = slopes(field, self.px)
         return unit(0.5 - field / (np.sqrt(across * across + down * down) * self.px + 1e-9))
 

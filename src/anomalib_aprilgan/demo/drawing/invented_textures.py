@@ -1,6 +1,6 @@
 """Surfaces that do not exist: patterns, reliefs and grains combined at random, to learn from.
 
-What :mod:`.invented_objects` is to objects this is to textures. No squares as large as tiles and no pebbles of
+What ``invented_objects`` is to objects this is to textures. No squares as large as tiles and no pebbles of
 a hide's size among them: those are categories by which models are judged that never saw them.
 """
 

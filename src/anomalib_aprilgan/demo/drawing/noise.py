@@ -74,7 +74,7 @@ def lattice(values: Array, u: Array, v: Array) -> Array:
     """Value noise at any coordinates, so that it turns and moves with the product.
 
     Args:
-        values: From :func:`table`.
+        values: From ``table``.
         u: First coordinate in lattice cells.
         v: Second coordinate in lattice cells.
 
@@ -104,7 +104,7 @@ def cells(
     """Distances to the two nearest of scattered points, one point in each unit cell.
 
     Args:
-        along: From :func:`table`; where in its cell a point lies, first coordinate.
+        along: From ``table``; where in its cell a point lies, first coordinate.
         across: The same, second coordinate.
         u: First coordinate in cells.
         v: Second coordinate in cells.

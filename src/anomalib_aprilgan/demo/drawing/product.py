@@ -56,7 +56,7 @@ def draw_good(category: str, seed: int, index: int, image_size: int, *, random_s
 def draw_twins(
     category: str, seed: int, index: int, kind: str, image_size: int, *, random_style: bool = False
 ) -> Twins:
-    """The picture of :func:`draw_good` and the same one with a defect.
+    """The picture of ``draw_good`` and the same one with a defect.
 
     Changes of fewer than 3 levels are undone, so that the mask holds nothing invisible. A
     defect that came out too small, too large or too faint is drawn again, larger, smaller or stronger.

@@ -54,7 +54,7 @@ def folders(root: Path, supervision: str, seed: int) -> AuxiliaryData:
 
     Args:
         root: Folder of the drawn pictures, drawn on first use.
-        supervision: One of :data:`SUPERVISION`.
+        supervision: One of ``SUPERVISION``.
         seed: Seed of the order and of synthetic defects.
     """
     datamodules: list[AnomalibDataModule] = []

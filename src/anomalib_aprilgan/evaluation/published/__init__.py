@@ -23,7 +23,7 @@ def report_table(dataset: str) -> pd.DataFrame:
     """A table of the report: mean over all categories, and ``*_std`` over five seeds where given.
 
     Args:
-        dataset: One of :data:`DATASETS`, names of anomalib's datamodules.
+        dataset: One of ``DATASETS``, names of anomalib's datamodules.
 
     Returns:
         One row per pair of ``k_shot`` and ``method``, which are the index; NaN where nothing was published.
@@ -37,7 +37,7 @@ def official_code(dataset: str, k_shot: int) -> pd.DataFrame | None:
     """Every category by the authors' code; none for a number of shots that was not run.
 
     Args:
-        dataset: One of :data:`DATASETS`.
+        dataset: One of ``DATASETS``.
         k_shot: Number of references.
 
     Returns:
