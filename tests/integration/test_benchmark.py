@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_aprilgan import AprilGAN, DrawnInspection
 from anomalib_aprilgan.clip.backbone import load_clip
+from anomalib_aprilgan.config_files import path_of
 from anomalib_aprilgan.data.references import ReferenceSource, list_references
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.evaluation import collecting, jobs
@@ -47,7 +48,6 @@ from ..generated_weights import generate
 from ..stand_ins import write_data_sets, write_mvtec_ad, write_visa
 from .runs import engine
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 OURS = {
     "class_path": "AprilGAN",
     "init_args": {
@@ -405,7 +405,7 @@ def test_grids_and_cells() -> None:
 
 
 def test_quick_config_is_offline_and_compares_three_models() -> None:
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "benchmark_built_in.yaml"), resolve=True)
+    config = OmegaConf.to_container(OmegaConf.load(path_of("benchmark/built_in")), resolve=True)
     plan = read_plan(checked(config).benchmark)
     assert [entry.name for entry in plan.models] == ["AprilGAN", "PatchCore, untrained", "PaDiM, untrained"]
     assert len(plan.cells()) == 2 * (7 + 6 + 4)
@@ -421,7 +421,7 @@ def test_all_training_images_for_models_that_learn(tmp_path: Path) -> None:
     arguments += [f"--benchmark.model.{name}={json.dumps(OTHERS[name])}" for name in ("PatchCore", "PaDiM")]
     arguments += [f"--benchmark.data.init_args.root={root}", "--benchmark.data.init_args.category=bottle"]
     arguments += ["--benchmark.data.init_args.num_workers=0", "--accelerator=cpu", f"--results={results}"]
-    main(["--config", str(CONFIGS / "benchmark.yaml"), *arguments])
+    main(["--config", "benchmark/compare", *arguments])
     table = pd.read_csv(results / "results.csv")
     assert set(table.status) == {"done"}
     of_all = table[table.k_shot == FULL]
@@ -449,7 +449,7 @@ def test_reproduce_config_goes_through_on_a_stand_in(
     arguments += [f"--benchmark.model.{other}=null" for other in OTHERS]
     arguments += [f"--benchmark.data.init_args.root={root}", "--benchmark.data.init_args.num_workers=0"]
     arguments += ["--benchmark.k_shot=[0,1]", "--benchmark.seed=[0,1]", "--accelerator=cpu", f"--results={results}"]
-    main(["--config", str(CONFIGS / f"{name}.yaml"), *arguments])
+    main(["--config", f"benchmark/{name}", *arguments])
     table = pd.read_csv(results / "results.csv")
     assert list(dict.fromkeys(table.category)) == list(reference.index)
     assert len(table) == 3 * len(reference)
@@ -721,7 +721,7 @@ def test_large_models_of_anomalib(configure: Configure, drawn: dict[str, Any], n
 def test_the_data_sets_of_anomalib_are_rows_ready_to_run(tmp_path: Path) -> None:
     root, results = tmp_path / "data", tmp_path / "results"
     layouts = write_data_sets(root)
-    path = CONFIGS / "benchmark_data_sets.yaml"
+    path = path_of("benchmark/data_sets")
     config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     plan = read_plan(checked(config).benchmark)
     assert list(dict.fromkeys(entry.name for entry in plan.data)) == list(layouts)

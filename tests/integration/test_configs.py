@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan import AprilGAN, config_files
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.provenance import load_adapters
 
 from ..conftest import DATASET
 
 Run = Callable[..., str]
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def mvtec(_: Path) -> tuple[Path, str]:
@@ -38,16 +37,26 @@ def visa(folder: Path) -> tuple[Path, str]:
     return folder, "[candle, pcb1]"
 
 
-RECIPES = {"train_mvtec.yaml": (mvtec, "MVTecAD"), "train_visa.yaml": (visa, "Visa")}
-FOLDERS = {"train_folder_masks.yaml", "train_folder_labels.yaml", "train_folder_good.yaml"}
-BUILT_IN = {"built_in.yaml", "train_built_in.yaml"}
+RECIPES = {"train/mvtec": (mvtec, "MVTecAD"), "train/visa": (visa, "Visa")}
+FOLDERS = {"train/folder_masks", "train/folder_labels", "train/folder_good"}
+BUILT_IN = {"model/built_in", "train/built_in"}
 # test_benchmark.py runs these.
-BENCHMARKS = {"benchmark.yaml", "benchmark_built_in.yaml", "benchmark_data_sets.yaml"}
-BENCHMARKS |= {"reproduce_mvtec_ad.yaml", "reproduce_visa.yaml"}
+BENCHMARKS = {"benchmark/compare", "benchmark/built_in", "benchmark/data_sets"}
+BENCHMARKS |= {"benchmark/reproduce_mvtec_ad", "benchmark/reproduce_visa"}
 
 
 def test_every_config_is_run_here() -> None:
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == set(RECIPES) | FOLDERS | BUILT_IN | BENCHMARKS
+    assert set(config_files.names()) == set(RECIPES) | FOLDERS | BUILT_IN | BENCHMARKS
+
+
+def test_the_command_names_configs_and_their_files(capsys: pytest.CaptureFixture[str]) -> None:
+    config_files.main([])
+    assert capsys.readouterr().out.split() == config_files.names()
+    config_files.main(["train/visa"])
+    assert Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8").startswith("# The paper's adapters")
+    with pytest.raises(SystemExit):
+        config_files.main(["train/vis"])
+    assert "There is no config 'train/vis' in" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -57,7 +66,7 @@ def fit(anomalib: Run, tmp_path: Path, small_clip: Any) -> Callable[..., dict[st
     def run(name: str, *data: str) -> dict[str, Any]:
         anomalib(
             "fit",
-            f"--config={CONFIGS / name}",
+            f"--config={config_files.path_of(name)}",
             f"--model.backbone={small_clip.quick_gelu}",
             f"--model.pretrained={small_clip.weights}",
             "--model.image_size=96",
@@ -87,9 +96,9 @@ def test_recipe_trains_adapters_on_own_folders(name: str, fit: Callable[..., dic
     """With what the recipe names and no more, elsewhere than it says."""
     root = tmp_path / "washers"
     shutil.copytree(DATASET / "metal_nut" / "train" / "good", root / "good")
-    if name != "train_folder_good.yaml":
+    if name != "train/folder_good":
         shutil.copytree(DATASET / "metal_nut" / "test" / "hole", root / "bad")
-    if name == "train_folder_masks.yaml":
+    if name == "train/folder_masks":
         shutil.copytree(DATASET / "metal_nut" / "ground_truth" / "hole", root / "masks")
     learned = fit(name, f"--data.datamodules.root={root}", "--data.datamodules.name=steel washer")["anomalib_aprilgan"]
     assert learned["classes"] == [["steel washer", "steel washer"]]
@@ -97,14 +106,14 @@ def test_recipe_trains_adapters_on_own_folders(name: str, fit: Callable[..., dic
 
 
 def test_built_in_model_detects_what_it_never_saw(anomalib: Run) -> None:
-    output = anomalib("train", f"--config={CONFIGS / 'built_in.yaml'}")
+    output = anomalib("train", f"--config={config_files.path_of('model/built_in')}")
     (line,) = (line for line in output.splitlines() if "image_AUROC" in line)
     assert float(line.split("│")[2]) > 0.7
 
 
 def test_training_of_the_built_in_adapters_writes_what_is_shipped(anomalib: Run, tmp_path: Path) -> None:
     """All categories and kinds of defects of the recipe, a twelfth of the images: drawing takes the time."""
-    recipe = (CONFIGS / "train_built_in.yaml").read_text()
+    recipe = config_files.path_of("train/built_in").read_text()
     assert "num_test: 132" in recipe
     (tmp_path / "few.yaml").write_text(recipe.replace("num_test: 132", "num_test: 11"))
     anomalib("fit", "--config=few.yaml", "--trainer.max_steps=2")

@@ -10,7 +10,7 @@ import anomalib_aprilgan
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
 # Layers from the ground up: a room imports from its own layer and lower ones.
 LAYERS = [
-    ("checks", "classes", "files", "recipe", "running"),
+    ("checks", "classes", "config_files", "files", "recipe", "running"),
     ("clip",),
     ("network", "data", "decision", "metrics"),
     ("settings", "provenance"),

@@ -1,6 +1,6 @@
 """Any anomalib model x data x category x number of references x seed, from one YAML: tables, plots and pictures.
 
-``anomalib-aprilgan-benchmark --config configs/benchmark.yaml``, or ``run`` from Python. It takes the files of
+``anomalib-aprilgan-benchmark --config configs/benchmark/compare.yaml``, or ``run`` from Python. It takes the files of
 ``anomalib benchmark`` and some keys more (``config.BenchmarkConfig``).
 """
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from omegaconf import OmegaConf
 
+from ..config_files import names, path_of
 from ..plugin import register
 
 T = TypeVar("T")
@@ -120,7 +121,12 @@ def parser() -> ArgumentParser:
         "argument as well, those of models and data too: --benchmark.data.init_args.root=/data/MVTecAD.",
         exit_on_error=False,
     )
-    parsing.add_argument("--config", type=str, help="YAML file; the arguments here replace entries of it")
+    parsing.add_argument(
+        "--config",
+        type=str,
+        help="YAML file, or the name of one that comes with the package, such as benchmark/built_in; other arguments "
+        "replace its entries",
+    )
     parsing.add_class_arguments(Config)
     return parsing
 
@@ -145,11 +151,13 @@ def read_arguments(given: Sequence[str]) -> dict[str, Any]:
         entries.append(f"{name[2:]}={value if has_value else rest.pop(0)}")
     named = [entry.partition("=")[2] for entry in entries if entry.startswith("config=")]
     if not named:
-        msg = "`--config` is missing: name a YAML file, --config configs/benchmark.yaml."
+        msg = (
+            "`--config` is missing: name a YAML file, or one that comes with the package: --config benchmark/built_in."
+        )
         raise ValueError(msg)
-    path = Path(named[-1])
+    path = path_of(named[-1]) if named[-1] in names() else Path(named[-1])
     if not path.is_file():
-        msg = f"`--config`: there is no file {path}."
+        msg = f"`--config`: there is no file {path}, and none of {', '.join(names())} that come with the package."
         raise FileNotFoundError(msg)
     others = [entry for entry in entries if not entry.startswith("config=")]
     merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(others))
