@@ -121,9 +121,10 @@ def plan_of(**benchmark: Any) -> Plan:
 
 def test_models_side_by_side_leave_all_files(configure: Configure, drawn: dict[str, Any]) -> None:
     few = drawn | {"init_args": drawn["init_args"] | {"num_test": 4}}  # the others take their time
-    table, folder = run(configure(k_shot=[0, 2], model={"AprilGAN": OURS} | OTHERS, data=few))
+    models = {name: OTHERS[name] for name in ("WinCLIP", "PatchCore")}
+    table, folder = run(configure(k_shot=[0, 2], model={"AprilGAN": OURS} | models, data=few))
     assert tuple(table.columns) == COLUMNS
-    others = list(OTHERS)
+    others = list(models)
     assert [(row.model, row.k_shot) for row in table.itertuples()] == [
         ("AprilGAN", 0),
         ("AprilGAN", 2),
@@ -142,11 +143,11 @@ def test_models_side_by_side_leave_all_files(configure: Configure, drawn: dict[s
 
     found = json.loads((folder / "results.json").read_text())
     few_shot = [cell for cell in found["cells"] if cell["cell"]["k_shot"] == 2]
-    assert len(few_shot) == 4
+    assert len(few_shot) == 3
     references = [cell["details"]["references"] for cell in few_shot]
     assert len(references[0]) == 2
     assert all(sorted(files) == sorted(references[0]) for files in references)  # all models had the same images
-    assert len({cell["details"]["weights_sha256"] for cell in few_shot}) == 4
+    assert len({cell["details"]["weights_sha256"] for cell in few_shot}) == 3
     assert all(cell["details"]["versions"]["anomalib"] for cell in found["cells"])
     assert found["provenance"]["config"]["benchmark"]["seed"] == [0]
 
@@ -220,29 +221,6 @@ def test_given_references_serve_all_settings_that_take_some(
     if shared_pass:
         cells = json.loads((folder / "results.json").read_text())["cells"]
         assert [cell["details"]["references"] for cell in cells] == [[], given]
-
-
-def test_killed_and_restarted_equals_undisturbed(configure: Configure, tmp_path: Path) -> None:
-    settings = {"k_shot": [0, 1, 2], "shared_pass": False}
-    _, undisturbed = run(configure("undisturbed", **settings))
-    config, folder = configure("killed", **settings), tmp_path / "killed"
-    command = [sys.executable, "-m", "anomalib_aprilgan.evaluation.benchmark", "--config", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("cells/*.json")):
-        assert process.poll() is None, "It ended before it could be killed."
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*.json")}
-    assert 1 <= len(kept) < 3
-    assert not (folder / "results.csv").exists()
-    run(config)
-    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())  # not done twice
-    pd.testing.assert_frame_equal(
-        table_without_durations(folder), table_without_durations(undisturbed), check_exact=True
-    )
 
 
 @pytest.mark.slow
@@ -411,6 +389,7 @@ def test_quick_config_is_offline_and_compares_three_models() -> None:
     assert len(plan.cells()) == 2 * (7 + 6 + 4)
 
 
+@pytest.mark.slow
 def test_all_training_images_for_models_that_learn(tmp_path: Path) -> None:
     root, results = tmp_path / "data", tmp_path / "results"
     write_mvtec_ad(root, ["bottle"], train=4)
@@ -431,9 +410,8 @@ def test_all_training_images_for_models_that_learn(tmp_path: Path) -> None:
     assert "| all images | PatchCore |" in (results / "tables.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("dataset", "write"), [("MVTecAD", write_mvtec_ad), pytest.param("Visa", write_visa, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("dataset", "write"), [("MVTecAD", write_mvtec_ad), ("Visa", write_visa)])
+@pytest.mark.slow
 def test_reproduce_config_goes_through_on_a_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, write: Callable[..., None]
 ) -> None:
