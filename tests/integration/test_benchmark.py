@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.evaluation import collecting, jobs
 from anomalib_aprilgan.evaluation.benchmark import main
 from anomalib_aprilgan.evaluation.cells import COLUMNS, FULL
-from anomalib_aprilgan.evaluation.config import checked
+from anomalib_aprilgan.evaluation.config import Accelerator, checked
 from anomalib_aprilgan.evaluation.many_banks import predict_banks
 from anomalib_aprilgan.evaluation.plan import Plan, read_plan
 from anomalib_aprilgan.evaluation.published import DATASETS, official_code, report_table
@@ -362,6 +362,10 @@ def test_what_a_config_cannot_say(change: dict[str, Any], message: str) -> None:
     assert len(plan_of(**GOOD | {"k_shot": ["full"]}).cells()) == 1
     with pytest.raises(ValueError, match=message):
         plan_of(**GOOD | change)
+
+
+def test_every_accelerator_that_a_config_may_name_is_known() -> None:
+    assert set(get_args(Accelerator)) - {"auto"} <= set(AcceleratorRegistry.available_accelerators())
 
 
 def test_missing_file_and_unknown_top_key(configure: Configure, tmp_path: Path) -> None:

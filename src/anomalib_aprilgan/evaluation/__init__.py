@@ -1,1 +1,1 @@
-"""Measuring and showing: speed, figures. Nothing else in the package imports this."""
+"""Comparing models: cells, the same images for all, tables. Nothing but the demo imports this."""

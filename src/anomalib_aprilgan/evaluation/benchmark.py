@@ -117,7 +117,7 @@ def _run_all(plan: Plan, results: Results) -> int:
 
 
 def _is_cuda(accelerator: str) -> bool:
-    return accelerator in {"cuda", "gpu", "auto"} and torch.cuda.is_available()
+    return accelerator in {"cuda", "auto"} and torch.cuda.is_available()
 
 
 def _jobs(plan: Plan, results: Results, accelerator: str) -> Iterator[Job]:

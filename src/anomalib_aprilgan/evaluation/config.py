@@ -93,7 +93,7 @@ class BenchmarkConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps", "xpu"]
+Accelerator = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 
 
 @dataclass
