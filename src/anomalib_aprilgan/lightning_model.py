@@ -33,7 +33,6 @@ from .inspection import predict_images
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, RawPredictions
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, is_ready, note_learned, prepare
-from .provenance import save_adapters
 from .results.metric_inputs import MetricInputs
 from .results.table import DecisionsWriter
 from .results.trainer import prepare_trainer
@@ -46,10 +45,11 @@ from .running import (
     precision_of,
     running_loaders,
 )
-from .settings import Settings, architecture_of, height_and_width, numbers_of, plain_paths, source_of
+from .settings import Settings, adapters_of, architecture_of, height_and_width, numbers_of, plain_paths, source_of
+from .sharing import Sharing
 
 
-class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
+class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
     """APRIL-GAN: zero-/few-shot anomaly detection with CLIP, linear adapters and memory banks.
 
     A frozen CLIP compares an image and its patches with sentences about good and bad objects. A linear adapter per
@@ -63,7 +63,8 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         image_size: Side of the square that images are resized to, or height and width, in pixels.
         stages: Tapped blocks of the vision tower, counted from 1.
         adapters: ``"mvtec"`` or ``"visa"`` (the authors', by the data set they were trained on), ``"auto"`` (the one
-            of them not trained on the target), a file, or ``None``: fresh ones that ``fit`` trains.
+            of them not trained on the target), a file, ``"hf://owner/name[@revision]"`` (on the Hugging Face hub), or
+            ``None``: fresh ones that ``fit`` trains.
         class_name: Words for the object in the sentences; else the datamodule's class, else "object". For several
             products a list of names, or a mapping from names to words; every image then goes to the class that its
             datamodule tells, or that the nearest folder within the data is named after.
@@ -135,7 +136,7 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
     ) -> None:
         # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
         backbone, pretrained = source_of("backbone", backbone), source_of("pretrained", pretrained)
-        adapters = None if adapters is None else source_of("adapters", adapters)
+        adapters = adapters_of(adapters)
         if aspect_ratio is None or not isinstance(image_size, int):
             image_size = height_and_width(image_size)
         stages = numbers_of("stages", stages)
@@ -334,10 +335,6 @@ class AprilGAN(Components, AnomalibModule):  # type: ignore[misc]  # anomalib's 
         super().on_load_checkpoint(checkpoint)
         parts = self.settings, self.model, self.own_fusion, self.post_processor
         self.settings, self.made = checkpoints.restore(checkpoint, *parts)
-
-    def save_adapters(self, path: str | Path) -> Path:
-        """Write adapters and provenance to a ``.safetensors`` file, to be given as ``adapters`` elsewhere."""
-        return save_adapters(Path(path), self.model.adapters.state_dict(), self.made.provenance)
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401  # anomalib's arguments, passed on
         """Export for anomalib's ``TorchInferencer``; see anomalib's ``ExportMixin.to_torch``."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from .checks import check_entries, shown
 from .clip.architecture import BUILT_IN_CLIPS, ClipArchitecture
 from .clip.backbone import ClipBackbone
+from .clip.hub import SCHEME, find_adapters, is_on_hub
 from .clip.state_dict import read_state_dict
 from .clip.weights import AUTHORS_ADAPTERS, authors_adapters
 from .files import is_file, sha256, write_atomically
@@ -38,6 +39,8 @@ _ENTRIES: dict[str, Any] = {
     "quick_gelu": (bool, None),
     "image_size": ([int], None),
     "versions": {str: str},
+    "source": (str, None),
+    "sha256": (str, None),
 }
 
 
@@ -51,6 +54,8 @@ class Provenance:
         stages: Tapped blocks, counted from 1.
         image_size: Height and width in pixels.
         versions: Of packages, by their names.
+        source: Where they were fetched on the Hugging Face hub: ``hf://owner/name@commit``.
+        sha256: Digest of the file fetched there.
     """
 
     trained_on: dict[str, list[str]] = field(default_factory=dict)
@@ -60,6 +65,8 @@ class Provenance:
     quick_gelu: bool | None = None
     image_size: list[int] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    source: str | None = None
+    sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -156,20 +163,28 @@ def save_adapters(path: Path, state_dict: Mapping[str, Tensor], provenance: Prov
     if path.suffix != ".safetensors":
         msg = f"`path` must end in .safetensors, got {path.name}."
         raise ValueError(msg)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    content = save(tensors, metadata={METADATA_KEY: json.dumps(provenance.to_dict())})
+    content = serialized(state_dict, provenance)
     write_atomically(path, lambda file: file.write(content))
     return path
 
 
-def resolve_adapters(adapters: str, datamodule: AnomalibDataModule | None, architecture: ClipArchitecture) -> str:
-    """The source that ``adapters`` stands for: ``"mvtec"``, ``"visa"`` or the path of a file.
+def serialized(state_dict: Mapping[str, Tensor], provenance: Provenance) -> bytes:
+    """Adapters and their provenance as the content of a ``.safetensors`` file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    return save(tensors, metadata={METADATA_KEY: json.dumps(provenance.to_dict())})
 
-    ``"auto"`` chooses the authors' adapters that have not seen the data, and for a built-in CLIP the built-in ones.
+
+def resolve_adapters(adapters: str, datamodule: AnomalibDataModule | None, architecture: ClipArchitecture) -> str:
+    """The source that ``adapters`` stands for: ``"mvtec"``, ``"visa"``, a path, or a commit of a hub's repository.
+
+    ``"auto"`` chooses the authors' adapters that have not seen the data, and for a built-in CLIP the built-in ones. A
+    repository on the hub is looked up, and its adapters fetched where they are missing.
 
     Raises:
         ValueError: The authors' adapters are asked for and the CLIP is another, or all of them have seen the data.
     """
+    if is_on_hub(adapters):
+        return find_adapters(adapters).source
     if adapters not in {"auto", *AUTHORS_ADAPTERS}:
         return adapters
     if adapters == "auto" and architecture.name in BUILT_IN_CLIPS:
@@ -194,6 +209,8 @@ def resolve_adapters(adapters: str, datamodule: AnomalibDataModule | None, archi
 
 def adapter_path(source: str) -> Path:
     """File of what ``resolve_adapters`` returned; the authors' are fetched where they are missing."""
+    if is_on_hub(source):
+        return find_adapters(source).path
     return authors_adapters(source) if source in AUTHORS_ADAPTERS else Path(source).expanduser()
 
 
@@ -202,14 +219,20 @@ def digest_of_adapters(source: str) -> str:
     path = adapter_path(source)
     if not is_file(path):
         known = ", ".join(["auto", *AUTHORS_ADAPTERS])
-        msg = f"`adapters`: no weight file {shown(str(path), 200)}. Pass an existing file, or one of {known}."
+        msg = (
+            f"`adapters`: no weight file {shown(str(path), 200)}. Pass an existing file, one of {known}, or "
+            f"{SCHEME}owner/name of the Hugging Face hub."
+        )
         raise FileNotFoundError(msg)
     return sha256(path)
 
 
 def load_resolved_adapters(source: str) -> tuple[dict[str, Tensor], Provenance]:
     """Weights and provenance of what ``resolve_adapters`` returned; see ``load_adapters``."""
-    state_dict, provenance = load_adapters(adapter_path(source))
+    path = adapter_path(source)
+    state_dict, provenance = load_adapters(path)
+    if is_on_hub(source):
+        return state_dict, replace(provenance, source=source, sha256=sha256(path))
     if source not in AUTHORS_ADAPTERS:
         return state_dict, provenance
     known: dict[str, list[str]] = {AUTHORS_ADAPTERS[source].trained_on: []}

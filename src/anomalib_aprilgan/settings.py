@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .checks import SEED_LIMIT, check_bool, check_choice, check_int, check_list, check_number, check_text, shown
 from .clip.architecture import ClipArchitecture
+from .clip.hub import check_hub_source, is_on_hub
 from .clip.prompts import PromptEnsemble
 from .data.pre_processing import aspect_size
 from .data.references import OneClass, References
@@ -130,6 +131,16 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 def source_of(argument: str, value: object) -> str:
     """A name or path as plain text."""
     return check_text(argument, value, "a name or a path")
+
+
+def adapters_of(value: object) -> str | None:
+    """Where adapters are from, as plain text; ``None`` for fresh ones."""
+    if value is None:
+        return None
+    source = source_of("adapters", value)
+    if is_on_hub(source):
+        check_hub_source("adapters", source)
+    return source
 
 
 def numbers_of(argument: str, value: object) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ LAYERS = [
     ("clip",),
     ("network", "data", "decision", "metrics"),
     ("settings", "provenance"),
-    ("building", "components", "inspection", "preparation", "checkpoint", "training", "results"),
+    ("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "results"),
     ("lightning_model",),
     ("plugin", "__init__", "demo", "evaluation"),
 ]

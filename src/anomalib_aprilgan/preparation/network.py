@@ -10,6 +10,7 @@ import torch
 
 from ..classes import Classes
 from ..clip.backbone import VisionOutput, load_clip
+from ..clip.hub import is_on_hub
 from ..clip.prompts import ALIASES
 from ..data.listing import class_name_of
 from ..data.pre_processing import describe, prepared
@@ -47,6 +48,8 @@ def load_adapters(place: Workplace) -> None:
         return
     if place.datamodule is None and made.adapters is not None:
         return  # a plain folder goes on with what "auto" chose before
+    if is_on_hub(settings.adapters) and made.adapters is not None:
+        return  # its branch may have moved since
     source = resolve_adapters(settings.adapters, place.datamodule, settings.architecture)
     wanted = Recipe.of(file=digest_of_adapters(source))
     if made.adapters == wanted:
