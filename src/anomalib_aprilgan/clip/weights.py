@@ -16,7 +16,8 @@ from typing import NamedTuple
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from platformdirs import user_cache_path
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import wrap_file
 
 from ..files import sha256, temporary_beside
 from . import library
@@ -161,7 +162,8 @@ def fetch(url: str, target: Path, verify: Callable[[Path], None], timeout: float
             with temporary.open("xb") as file, urllib.request.urlopen(url, timeout=timeout) as response:  # noqa: S310  # https or the user's own mirror
                 announced = response.headers.get("Content-Length")
                 total = None if announced is None else int(announced)
-                with tqdm.wrapattr(response, "read", total=total, desc=target.name) as body:
+                console = Console(stderr=True)
+                with wrap_file(response, total or 0, description=target.name, console=console) as body:
                     shutil.copyfileobj(body, file)
                 if total not in {None, file.tell()}:
                     msg = f"the connection ended after {file.tell()} of {total} bytes"

@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..plugin import register
 from .cells import FAILED, CellResult, Results
@@ -101,8 +102,11 @@ def _run_all(plan: Plan, results: Results) -> int:
     cells = plan.cells()
     done = sum(results.is_done(cell) for cell in cells)
     failed = 0
-    # The time left is estimated from this run's cells.
-    with tqdm(total=len(cells), initial=done, desc="cells", unit="cell", file=sys.stderr) as progress:
+    # A line for every cell, also in a log file, and below them in a terminal how far the run is.
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("cells", total=len(cells), completed=done)
         for accelerator in plan.accelerators:
             jobs = _jobs(plan, results, accelerator)
             devices = plan.options.trainer.devices or (torch.cuda.device_count() if _is_cuda(accelerator) else 1)
@@ -110,9 +114,9 @@ def _run_all(plan: Plan, results: Results) -> int:
             for found in _in_parallel(jobs, devices, accelerator) if devices > 1 else map(alone, jobs):
                 for result in found:
                     results.save(result)
+                    progress.console.print(f"{result.cell}: {result.status} ({result.seconds:.1f} s)")
                 failed += sum(result.status == FAILED for result in found)
-                progress.set_postfix_str(str(found[-1].cell))
-                progress.update(len(found))
+                progress.advance(bar, len(found))
     return failed
 
 

@@ -13,8 +13,9 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
-from tqdm import tqdm
 
 from ..drawing import Twins, draw_twins
 
@@ -85,14 +86,15 @@ def draw_pictures(
     chunks = [slice(start, start + _CHUNK) for start in range(0, len(plan), _CHUNK)]
     draw = partial(_draw_chunk, image_size=image_size)
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(plan), desc="drawing", unit="twins", disable=not progress))
+        shown = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
+        task = shown.add_task("twins drawn", total=len(plan))
         apply: Callable[..., Iterator[_Arrays]] = map
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             apply = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map
         for chunk, arrays in zip(chunks, apply(draw, [plan[chunk] for chunk in chunks]), strict=True):
             good[chunk], bad[chunk], mask[chunk] = arrays
-            bar.update(len(arrays[0]))
+            shown.advance(task, len(arrays[0]))
     return Pictures(good, bad, mask, tuple(entry[0] for entry in plan), tuple(entry[3] for entry in plan))
 
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize
-from tqdm import tqdm
 
 from ...clip.architecture import ClipArchitecture
 from ...clip.backbone import ClipBackbone
@@ -110,8 +111,8 @@ def train(recipe: Recipe, out: Path, *, workers: int = 1, checkpoint_every: int 
         "curve": [],
     }
     recent: dict[str, list[float]] = {}
-    bar = tqdm(range(recipe.steps), desc="training", unit="step", mininterval=5.0)
-    for number in bar:
+    console = Console(stderr=True)
+    for number in track(range(recipe.steps), "training", console=console):
         for name, loss in trainer.step(number).items():
             recent.setdefault(name, []).append(loss)
         last = number + 1 == recipe.steps
@@ -120,7 +121,7 @@ def train(recipe: Recipe, out: Path, *, workers: int = 1, checkpoint_every: int 
             auroc = zero_shot_auroc(trainer.kept, probe)
             log["curve"].append({"step": number + 1, "losses": losses, **_summary(auroc)})
             log |= {"zero_shot_image_auroc": auroc, "seconds": time.monotonic() - start}
-            bar.write(json.dumps(log["curve"][-1]))
+            console.print_json(data=log["curve"][-1], indent=None)
             _write(out, save(state_dict_of(trainer.kept)))
             _write(out.with_suffix(".log.json"), json.dumps(log, indent=1).encode())
             recent = {}

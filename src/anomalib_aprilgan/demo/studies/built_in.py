@@ -23,9 +23,9 @@ import torch
 from anomalib.metrics import AUPRO
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
-from tqdm import tqdm
 
 from ... import AprilGAN
 from ...decision.fusion import ScoreFusion
@@ -176,7 +176,7 @@ def measure(build: Callable[..., AprilGAN], root: Path, seeds: Sequence[int], in
     torch.manual_seed(0)
     tasks = [(category, seed) for category in CATEGORIES for seed in seeds]
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for category, seed in tqdm(tasks, desc="measuring", unit="product"):
+    for category, seed in track(tasks, "products measured", console=Console(stderr=True)):
         product = load_product(root, category, seed)
         measured = {"text": zero_shot_scores(build(category), product)["0-shot"]}
         if category in inspected:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
-from tqdm import tqdm
 
 from ... import AprilGAN
 from ...data.reading import load_image
@@ -111,7 +111,7 @@ def measure(
     """
     results: dict[str, dict[str, list[Shares]]] = {}
     tasks = [(category, seed) for category in categories for seed in seeds]
-    for category, seed in tqdm(tasks, desc="measuring", unit="product"):
+    for category, seed in track(tasks, "products measured", console=Console(stderr=True)):
         parts = load_parts(root, category, seed)
         for setting, arguments in settings_of(parts):
             model = build(category, false_positive_rate=FALSE_POSITIVE_RATE, **arguments)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tqdm import tqdm
+from rich.progress import track
 
 from ...files import write_atomically
 from .. import built_in
@@ -71,7 +71,7 @@ def measure(root: Path, seeds: Sequence[int], categories: Sequence[str]) -> dict
     """
     results: dict[str, Any] = {}
     tasks = [(category, seed) for category in categories for seed in seeds]
-    for category, seed in tqdm(tasks, desc="measuring", unit="product"):
+    for category, seed in track(tasks, "products measured", console=Console(stderr=True)):
         product = load_product(root, category, seed)
         for setting, figures in (zero_shot(category, product) | few_shot(category, product)).items():
             for name, value in figures.items():
