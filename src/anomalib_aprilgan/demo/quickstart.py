@@ -32,7 +32,10 @@ METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart; ``--root`` says where everything goes."""
-    parser = argparse.ArgumentParser(description="Try APRIL-GAN on a drawn product, offline, in a minute.")
+    parser = argparse.ArgumentParser(
+        prog="anomalib-aprilgan-quickstart",
+        description="Try APRIL-GAN on a drawn product, offline, in a minute.",
+    )
     parser.add_argument("--root", type=Path, default=Path("results/quickstart"), help="folder for all that is written")
     root: Path = parser.parse_args(arguments).root
     console = Console(highlight=False)

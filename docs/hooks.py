@@ -1,0 +1,29 @@
+"""What MkDocs asks for while it builds the site: the help texts of the commands, as they are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from importlib.metadata import entry_points
+
+_HELP = re.compile(r"^\{\{ help of (\S+) \}\}$", re.MULTILINE)
+
+
+def help_of(command: str) -> str:
+    """What ``command --help`` prints, as a code block."""
+    (found,) = entry_points(group="console_scripts", name=command)
+    printed = io.StringIO()
+    os.environ["COLUMNS"] = "80"
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        found.load()(["--help"])
+    if command not in printed.getvalue():
+        msg = f"{command} --help printed nothing of itself."
+        raise ValueError(msg)
+    return f"```text\n{printed.getvalue().strip()}\n```"
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """MkDocs' hook: fill help texts in."""
+    return _HELP.sub(lambda match: help_of(match[1]), markdown)
