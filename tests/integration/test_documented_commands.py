@@ -63,11 +63,11 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documentation calls ``path/to/...`` and ``datasets/...``."""
     images = [Image.open(path) for path in sorted(DATASET.glob("*/train/good/*.png"))]
     variants = [image.rotate(angle) for angle in (0, 90) for image in images]
-    for name in ("images", "inspect", "pictures"):
+    for name in ("images", "inspect"):
         (tmp_path / "path/to" / name).mkdir(parents=True)
         for number, image in enumerate(variants[:2]):
             image.save(tmp_path / "path/to" / name / f"{number}.png")
-    for name in ("good", "good_pictures", "normal"):
+    for name in ("good", "normal"):
         (tmp_path / "path/to" / name).mkdir()
         for number, image in enumerate(variants[:24]):
             image.save(tmp_path / "path/to" / name / f"{number}.png")
@@ -102,7 +102,7 @@ def test_command(command: str, anomalib: Callable[..., str], work: Path, capsys:
     else:
         assert (program, arguments[1:3]) == ("anomalib", ["--model", "AprilGAN"])
         if "left:" in command:
-            for folder in (work / "path/to/pictures", work / "path/to/good"):
+            for folder in (work / "path/to/images", work / "path/to/good"):
                 for name in ("left", "right"):
                     shutil.copytree(work / "path/to/normal", folder / name)
                 for file in folder.glob("*.png"):
