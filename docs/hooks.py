@@ -1,4 +1,4 @@
-"""What MkDocs asks for while it builds the site: the help texts of the commands, as they are printed."""
+"""What MkDocs asks for while it builds the site: help texts of the commands as they are printed, and the notebooks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import io
 import os
 import re
 from importlib.metadata import entry_points
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
 
 _HELP = re.compile(r"^\{\{ help of (\S+) \}\}$", re.MULTILINE)
 
@@ -27,3 +30,13 @@ def help_of(command: str) -> str:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """MkDocs' hook: fill help texts in."""
     return _HELP.sub(lambda match: help_of(match[1]), markdown)
+
+
+def on_pre_build(config: MkDocsConfig) -> None:
+    """MkDocs' hook: the notebooks beside ``docs`` are its tutorials. Only pages within ``docs`` can be rendered."""
+    folder = Path(config.docs_dir) / "tutorials"
+    folder.mkdir(exist_ok=True)
+    for notebook in (folder.parents[1] / "notebooks").glob("*.ipynb"):
+        copy, content = folder / notebook.name, notebook.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:  # or `mkdocs serve` would never come to rest
+            copy.write_bytes(content)
