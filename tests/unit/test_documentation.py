@@ -31,9 +31,6 @@ def test_links_and_files_are_there(page: Path) -> None:
     for link in LINK.findall(text):
         if not link.startswith(("https://", "http://")):
             path, _, anchor = link.partition("#")
-            path = path.replace(
-                "tutorials/", f"{'../' * (len(page.parts) - len(ROOT.parts) - 2)}../notebooks/"
-            )  # hooks.py
             target = (page.parent / path).resolve() if path else page
             if target.parent == ROOT / "docs" / "tutorials":
                 target = ROOT / "notebooks" / target.name  # copied while the site is built
