@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import huggingface_hub.constants
 import pytest
@@ -26,10 +25,12 @@ from anomalib_aprilgan.files import sha256
 from anomalib_aprilgan.provenance import Provenance, load_adapters
 from anomalib_aprilgan.sharing import model_card
 
+from ..loopback import Loopback
+
 REPOSITORY = "factory/washers"
 
 
-class Hub:
+class Hub(Loopback):
     """Repositories with commits, and the part of the hub's interface that downloads and commits need."""
 
     def __init__(self) -> None:
@@ -103,13 +104,7 @@ class Hub:
             def log_message(self, *args: object) -> None:
                 """Keep the test output clean."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(Handler)
 
     def commit(self, repository: str, files: dict[str, bytes]) -> str:
         """Put files into a new commit, and return its name."""
@@ -117,13 +112,6 @@ class Hub:
         name = hashlib.sha1(repr((len(commits), files)).encode(), usedforsecurity=False).hexdigest()
         commits[name] = (commits[list(commits)[-1]] if commits else {}) | files
         return name
-
-    def close(self) -> None:
-        if not self.thread.is_alive():
-            return
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pickle
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import pytest
 import torch
@@ -29,10 +29,12 @@ from anomalib_aprilgan.clip.weights import (
 )
 from anomalib_aprilgan.files import sha256
 
+from ..loopback import Loopback
+
 BODY = b"adapters" * 1000
 
 
-class Mirror:
+class Mirror(Loopback):
     """A web server on the loopback interface that serves one body and counts requests."""
 
     def __init__(self) -> None:
@@ -60,18 +62,7 @@ class Mirror:
             def log_message(self, *args: object) -> None:
                 """Keep the test output clean."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
