@@ -106,7 +106,7 @@ def check_file(path: str | Path) -> None:
         told = damaged("ckpt_path", file, " as a checkpoint: is it complete?", error)
         raise told from error
     if not (isinstance(content, dict) and {"state_dict", "pytorch-lightning_version"} <= set(content)):
-        msg = f"`ckpt_path`: {file} is no checkpoint that a trainer wrote. Weights alone are given as `adapters`."
+        msg = f"`ckpt_path`: {file} is not a checkpoint of a trainer. To load weights alone, pass them as `adapters`."
         raise ValueError(msg)
 
 
@@ -151,7 +151,7 @@ def check(checkpoint: MutableMapping[str, Any], settings: Settings, network: Apr
     given = _EARLIER_SETTINGS | content["settings"]
     for name, ours in _settings_of(settings, few_shot=few_shot).items():
         if given.get(name) != ours and (few_shot or name not in _OF_REFERENCES):
-            msg = f"`{name}` of the checkpoint is {given.get(name)}, of the model {ours}. Set them alike."
+            msg = f"`{name}` of the checkpoint is {given.get(name)}, of the model {ours}. Use the same value for both."
             raise ValueError(msg)
     prefix = "model.adapters."
     adapters = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}

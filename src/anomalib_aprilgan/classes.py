@@ -41,8 +41,8 @@ class Classes:
         unknown = sorted({name for name in names if name not in self.names})
         if unknown and self.default is None:
             msg = (
-                f"{unknown[0]} is of none of the classes {self.names}. Name the folder of the images after the class, "
-                "or set `default_class` to the class of all such images."
+                f"{unknown[0]} belongs to none of the classes {self.names}. Name the folder of the images after the "
+                "class, or set `default_class` to the class of all such images."
             )
             raise ValueError(msg)
         default = 0 if self.default is None else self.names.index(self.default)
@@ -80,7 +80,7 @@ class Classes:
         """Row of the default class, or of the only one; a ValueError where there is neither."""
         if len(self) > 1 and self.default is None:
             msg = (
-                f"An exported model is of one class: set `default_class` to one of {self.names}; export once for each."
+                f"An exported model serves one class: set `default_class` to one of {self.names}; export once for each."
             )
             raise ValueError(msg)
         return 0 if self.default is None else self.names.index(self.default)
@@ -114,7 +114,7 @@ def words_by_name(class_name: Mapping[str, str] | Sequence[str] | None) -> dict[
         msg = "`class_name` must name at least one class, got none."
         raise ValueError(msg)
     if len(words) < len(class_name):
-        msg = f"`class_name` must be different names, got {list(class_name)}."
+        msg = f"`class_name` must not repeat a name, got {list(class_name)}."
         raise ValueError(msg)
     for one in words.values():
         same = [name for name in words if words[name].strip().lower() == one.strip().lower()]

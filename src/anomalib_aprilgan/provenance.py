@@ -271,7 +271,7 @@ def _read_provenance(path: Path) -> Provenance:
         check_entries("provenance", content, {})
         return Provenance.from_dict(content)
     except (ValueError, RecursionError) as error:
-        msg = f"`adapters`: {path} says wrongly what they were trained on: {error}"
+        msg = f"`adapters`: {path} has a damaged record of what they were trained on: {error}"
         raise ValueError(msg) from error
 
 

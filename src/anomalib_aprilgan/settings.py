@@ -63,7 +63,7 @@ class Settings:
             check_int("tile_size", self.tile_size, _LEAST_TILE, hint=" pixels")
         check_tiles(self.tile_size or _LEAST_TILE, self.tile_overlap)
         if self.tile_overlap > _MOST_OVERLAP:
-            msg = f"`tile_overlap` must be at most {_MOST_OVERLAP}, or tiles are without end, got {self.tile_overlap}."
+            msg = f"`tile_overlap` must be at most {_MOST_OVERLAP} (tiles would be too many), got {self.tile_overlap}."
             raise ValueError(msg)
         Calibration([] if self.calibration is None else self.calibration, self.false_positive_rate)
         self._check_references()

@@ -211,7 +211,7 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(
     pre_processor, values, predictions = state()
     made = copy.deepcopy(model.made)
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"of the checkpoint is .*Set them alike"):
+    with pytest.raises(ValueError, match=r"of the checkpoint is .*Use the same value for both"):
         engine(tmp_path).test(model, datamodule=category("bottle"), ckpt_path=checkpoint)
     assert equal(dict(model.state_dict()), tensors)
     assert model.made == made

@@ -275,7 +275,7 @@ def test_folders_above_the_data_tell_no_class(april_gan: Build, tmp_path: Path, 
     shutil.copytree(DATASET / "bottle" / "test", data / "parts")
     shutil.copytree(DATASET / "tile" / "test" / "good", data / "tile")
     model = april_gan(class_name=CLASSES, visualizer=False)
-    with pytest.raises(ValueError, match=r"parts.*\.png is of none of the classes \('bottle', 'tile'\)"):
+    with pytest.raises(ValueError, match=r"parts.*\.png belongs to none of the classes \('bottle', 'tile'\)"):
         engine(tmp_path).predict(model, data_path=data)
     (data / "parts").rename(data / "bottle")
     found = by_path(engine(tmp_path).predict(model, data_path=data))

@@ -162,7 +162,9 @@ def test_checkpoint_needs_neither_references_nor_adapter_file(april_gan: Build, 
 def test_checkpoint_of_other_settings_is_refused(april_gan: Build, tmp_path: Path, change: dict[str, Any]) -> None:
     engine(tmp_path).validate(april_gan(), datamodule=bottle())
     (checkpoint,) = tmp_path.glob("**/*.ckpt")
-    with pytest.raises(ValueError, match=r"`(memory_stages|quick_gelu)` of the checkpoint is .*Set them alike"):
+    with pytest.raises(
+        ValueError, match=r"`(memory_stages|quick_gelu)` of the checkpoint is .*Use the same value for both"
+    ):
         engine(tmp_path).test(april_gan(**change), datamodule=bottle(), ckpt_path=checkpoint)
 
 

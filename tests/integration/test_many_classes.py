@@ -99,7 +99,9 @@ def test_a_folder_of_folders_and_the_word_for_each(april_gan: Build, tmp_path: P
 def test_images_of_no_class_are_an_error_or_of_the_default_class(april_gan: Build, tmp_path: Path) -> None:
     pictures = DATASET / "tile" / "test" / "hole"
     model = april_gan(class_name=["bottle", "nut"])
-    with pytest.raises(ValueError, match=r"000\.png is of none of the classes \('bottle', 'nut'\).*`default_class`"):
+    with pytest.raises(
+        ValueError, match=r"000\.png belongs to none of the classes \('bottle', 'nut'\).*`default_class`"
+    ):
         engine(tmp_path).predict(model, data_path=pictures)
     model = april_gan(class_name=["bottle", "nut"], default_class="nut")
     alone = april_gan(class_name="nut")
@@ -118,7 +120,7 @@ def test_forward_takes_names(april_gan: Build) -> None:
         torch.testing.assert_close(mixed.pred_score[number], alone.pred_score[number], atol=1e-6, rtol=0)
         torch.testing.assert_close(mixed.anomaly_map[number], alone.anomaly_map[number], atol=1e-6, rtol=0)
     torch.testing.assert_close(model(images, "tile").pred_score, april_gan(class_name="tile")(images).pred_score)
-    with pytest.raises(ValueError, match=r"nut is of none of the classes \('bottle', 'tile'\)"):
+    with pytest.raises(ValueError, match=r"nut belongs to none of the classes \('bottle', 'tile'\)"):
         model(images, "nut")
     with pytest.raises(ValueError, match=r"`class_name` is needed to choose among the classes"):
         model(images)
@@ -127,7 +129,7 @@ def test_forward_takes_names(april_gan: Build) -> None:
 def test_export_is_of_the_default_class(april_gan: Build, tmp_path: Path) -> None:
     references = {name: str(DATASET / name / "train" / "good") for name in ("bottle", "tile")}
     given: dict[str, Any] = {"class_name": ["bottle", "tile"], "k_shot": 2, "references": references}
-    with pytest.raises(ValueError, match=r"exported model is of one class: set `default_class` to one of"):
+    with pytest.raises(ValueError, match=r"exported model serves one class: set `default_class` to one of"):
         april_gan(**given).to_onnx(tmp_path / "none")
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     for name in ("bottle", "tile"):
@@ -175,7 +177,7 @@ def test_words_of_a_class_come_from_aliases_and_prompts_by_its_name(april_gan: B
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_name": ["nut", "nut"]}, r"`class_name` must be different names"),
+        ({"class_name": ["nut", "nut"]}, r"`class_name` must not repeat a name"),
         ({"class_name": {"a": "nut", "b": "Nut "}}, r"`class_name` has the same words .* for a and b"),
         ({"class_name": []}, r"`class_name` must name at least one class"),
         ({"class_name": {"a": " "}}, r"`class_name` must name an object"),

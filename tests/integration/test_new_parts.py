@@ -188,7 +188,9 @@ def test_new_parts_in_checkpoints(april_gan: Build, tmp_path: Path, new: New) ->
             assert torch.equal(image["pred_score"], expected[path]["pred_score"])
             assert torch.equal(image["anomaly_map"], expected[path]["anomaly_map"])
     published = april_gan(k_shot=2, visualizer=False)
-    with pytest.raises(ValueError, match=r"`(few_shot|score_fusion)` of the checkpoint is .*Set them alike"):
+    with pytest.raises(
+        ValueError, match=r"`(few_shot|score_fusion)` of the checkpoint is .*Use the same value for both"
+    ):
         engine(tmp_path / "c").predict(published, data_path=NEW, ckpt_path=tmp_path / "new.ckpt")
 
 

@@ -71,7 +71,10 @@ def test_checkpoint_round_trip(few_shot_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"smoothing_sigma": 0.0}, r"`smoothing_sigma` of the checkpoint is 1.5, of the model 0.0. Set them alike"),
+        (
+            {"smoothing_sigma": 0.0},
+            r"`smoothing_sigma` of the checkpoint is 1.5, of the model 0.0. Use the same value for both",
+        ),
         ({"neighbourhood": 1}, r"`neighbourhood` of the checkpoint is 3, of the model 1"),
         ({"top_share": 0.0}, r"`top_share` of the checkpoint is 0.02, of the model 0.0"),
         ({"aspect_ratio": None}, r"`image_size` of the checkpoint is \[80, 112\], of the model \[96, 96\]"),

@@ -196,7 +196,7 @@ def test_a_class_that_is_not_there_is_an_error(april_gan: Build, name: str | lis
     model = april_gan(class_name="bottle").eval()
     images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(images, "bottle").pred_score, model(images).pred_score)
-    with pytest.raises(ValueError, match=r"no such class is of none of the classes \('bottle',\)"):
+    with pytest.raises(ValueError, match=r"no such class belongs to none of the classes \('bottle',\)"):
         model(images, name)
 
 

@@ -157,7 +157,10 @@ class TestRefused:
         [
             ({"stages": (1, 2, 3)}, r"`stages` of the checkpoint is \[1, 2, 3, 4\], of the model \[1, 2, 3\]"),
             ({"memory_stages": (2,)}, r"`memory_stages` of the checkpoint is \[1, 2, 3, 4\], of the model \[2\]"),
-            ({"quick_gelu": False}, r"`quick_gelu` of the checkpoint is True, of the model False\. Set them alike\."),
+            (
+                {"quick_gelu": False},
+                r"`quick_gelu` of the checkpoint is True, of the model False\. Use the same value for both\.",
+            ),
             ({"image_size": 64}, r"`image_size` of the checkpoint is \[96, 96\], of the model \[64, 64\]"),
             ({"tile_size": 96}, r"`tile_size` of the checkpoint is None, of the model 96"),
             ({"smoothing_sigma": 1.5}, r"`smoothing_sigma` of the checkpoint is 0\.0, of the model 1\.5"),

@@ -41,11 +41,13 @@ class TestRows:
         assert CLASSES.rows([]) == []
 
     def test_words_are_no_names(self) -> None:
-        with pytest.raises(ValueError, match="metal nut is of none of the classes"):
+        with pytest.raises(ValueError, match="metal nut belongs to none of the classes"):
             CLASSES.rows(["metal nut"])
 
     def test_unknown_class(self) -> None:
-        text = r"gear is of none of the classes \('bolt', 'nut', 'pill'\)\. Name the folder .* or set `default_class`"
+        text = (
+            r"gear belongs to none of the classes \('bolt', 'nut', 'pill'\)\. Name the folder .* or set `default_class`"
+        )
         with pytest.raises(ValueError, match=text):
             CLASSES.rows(["nut", "rod", "gear"])
         assert WITH_DEFAULT.rows(["nut", "rod", "pill"]) == [1, 1, 2]
@@ -70,7 +72,7 @@ class TestRows:
 
     @pytest.mark.parametrize("classes", [CLASSES, ONE])
     def test_a_caller_names_an_unknown_class(self, classes: Classes) -> None:
-        with pytest.raises(ValueError, match="no such class is of none of the classes"):
+        with pytest.raises(ValueError, match="no such class belongs to none of the classes"):
             classes.rows_for("no such class", 2, CPU)
 
     @pytest.mark.parametrize("classes", [CLASSES, ONE])
@@ -81,7 +83,7 @@ class TestRows:
 
     def test_of_an_export(self) -> None:
         assert (ONE.default_row(), WITH_DEFAULT.default_row()) == (0, 1)
-        with pytest.raises(ValueError, match=r"of one class: set `default_class` to one of \('bolt', 'nut', 'pill'\)"):
+        with pytest.raises(ValueError, match=r"one class: set `default_class` to one of \('bolt', 'nut', 'pill'\)"):
             CLASSES.default_row()
 
     def test_one_alone(self) -> None:
@@ -118,7 +120,7 @@ class TestWordsByName:
         [
             ([], r"`class_name` must name at least one class, got none\."),
             ({}, r"`class_name` must name at least one class, got none\."),
-            (["nut", "nut"], r"`class_name` must be different names, got \['nut', 'nut'\]\."),
+            (["nut", "nut"], r"`class_name` must not repeat a name, got \['nut', 'nut'\]\."),
             ({"a": "Nut", "b": "nut "}, r"`class_name` has the same words 'Nut' for a and b\. Give each its own\."),
         ],
     )
@@ -162,7 +164,7 @@ class TestBatches:
 
     def test_nothing_tells(self) -> None:
         for given in (batch("/nut/d/1.png"), ImageBatch(image=Image(torch.rand(1, 3, 8, 8)))):
-            with pytest.raises(ValueError, match="is of none of the classes"):
+            with pytest.raises(ValueError, match="belongs to none of the classes"):
                 rows_of_batch(CLASSES, given, None, Path("/nut/d"))
             assert rows_of_batch(WITH_DEFAULT, given, None, Path("/nut/d")).tolist() == [1]
 

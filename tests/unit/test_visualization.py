@@ -406,5 +406,5 @@ def test_drawings_of_earlier_runs_are_not_inspected(
     assert list_references(parts) == sorted(parts.glob("*.png"))
     # What is asked for by its own path is inspected; a folder of drawings alone is an error.
     assert len(engine_of(tmp_path / "one").predict(april_gan(), data_path=drawings[0])) == 1
-    with pytest.raises(ValueError, match=r"`data` holds drawings of results alone, such as"):
+    with pytest.raises(ValueError, match=r"`data` holds only drawings of earlier results, such as"):
         engine_of(tmp_path / "all").predict(april_gan(), data_path=drawings[0].parent)

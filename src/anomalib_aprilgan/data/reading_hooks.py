@@ -133,7 +133,7 @@ def leave_out_drawings(loaders: object) -> Iterator[None]:
             if isinstance(dataset, PredictDataset) and len(files := dataset.image_filenames) > 1:
                 kept = [file for file in files if not is_drawing(file)]
                 if not kept:
-                    msg = f"`data` holds drawings of results alone, such as {files[0]}. Give a folder of images."
+                    msg = f"`data` holds only drawings of earlier results, such as {files[0]}. Give a folder of images."
                     raise ValueError(msg)
                 if len(kept) < len(files):
                     logger.info("Left out %s drawings of earlier results.", len(files) - len(kept))

@@ -70,7 +70,7 @@ def run(config: dict[str, Any]) -> Results:
         raise SystemExit(msg) from None
     except BrokenProcessPool:
         msg = (
-            f"A process ended, of too little memory perhaps. The cells that were done are kept in {results.folder}; "
+            f"A process ended, perhaps for lack of memory. The cells that were done are kept in {results.folder}; "
             "run the same command again, with fewer `benchmark.trainer.devices`."
         )
         raise SystemExit(msg) from None

@@ -125,7 +125,7 @@ class Results:
                 )
                 raise ValueError(msg)
         elif folder.exists() and any(entry.name != ".gitkeep" for entry in folder.iterdir()):
-            msg = f"`results`: {folder} holds other files than results of a benchmark. Choose an empty folder."
+            msg = f"`results`: {folder} holds files that are not results of a benchmark. Choose an empty folder."
             raise ValueError(msg)
         else:
             write_atomically(path, lambda file: file.write(wanted.encode()))

@@ -81,7 +81,7 @@ class Collection:
         expected = self.truth.paths[indices.start : indices.stop]
         if len(expected) < len(indices) or (batch.image_path and [*map(str, batch.image_path)] != expected):
             msg = (
-                "The test images are others, or in another order, than the ground truth was read from: "
+                "The test images or their order differ from those of the ground truth: "
                 f"{(batch.image_path or ['?'])[0]} came instead of {(expected or ['nothing'])[0]}."
             )
             raise RuntimeError(msg)

@@ -177,7 +177,7 @@ class CellJob:
         model = self.entry.build(cell, self.data)
         learns = model.learning_type == LearningType.ONE_CLASS
         if model.learning_type == LearningType.ZERO_SHOT and cell.k_shot != 0:
-            msg = f"{type(model).__name__} takes no reference images: ask `k_shot: 0` of it."
+            msg = f"{type(model).__name__} takes no reference images: set `k_shot: 0` for it."
             raise ValueError(msg)
         keep = KeepReferences(cell.k_shot, cell.seed) if cell.k_shot > 0 else None
         cost = InferenceCost()

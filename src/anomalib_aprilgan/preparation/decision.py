@@ -118,8 +118,8 @@ def _held_out(place: Workplace, row: int, outputs: Sequence[VisionOutput]) -> li
         return []
     if not all(file.is_file() for file in files):
         warnings.warn(
-            f"The references of {place.made.classes.names[row]!r} are gone, and with them what its scores were scaled "
-            "by: documented defaults hold until a validation.",
+            f"The references of {place.made.classes.names[row]!r} no longer exist, so that its scores "
+            "cannot be scaled by them. Documented defaults apply until a validation.",
             stacklevel=2,
         )
         return []
