@@ -318,7 +318,7 @@ def test_results_of_another_config_are_refused(configure: Configure, tmp_path: P
     assert (tmp_path / "runs" / "results.csv").read_bytes() == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match=r"`results`: .* holds other files"):
+    with pytest.raises(ValueError, match=r"`results`: .* holds files that are not results"):
         run(config, f"--results={tmp_path / 'other'}")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
