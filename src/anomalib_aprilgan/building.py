@@ -1,10 +1,8 @@
-"""The parts of a model: from its settings, and for an export of one class."""
+"""The parts of a model, from its settings."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -18,23 +16,33 @@ from .decision.post_processing import AprilGANPostProcessor
 from .network import SCORERS
 from .network.adapters import LinearAdapters
 from .network.few_shot import FewShotScorer
+from .network.memory_bank import VisionMemoryBank
 from .network.model import AprilGANModel
 from .running import seeded
 from .settings import Settings
 
 
-def build_network(settings: Settings) -> AprilGANModel:
+def build_network(settings: Settings, pre_processor: nn.Module | None) -> AprilGANModel:
     """The network without its CLIP and without any class."""
     architecture = settings.architecture
     with seeded(settings.seed):
-        adapters = LinearAdapters(len(settings.stages), architecture.width, architecture.embed_dim)
+        widths = [shape.width for shape in architecture.shapes_of(settings.stages)]
+        adapters = LinearAdapters(widths, architecture.embed_dim)
     adapters.requires_grad_(settings.adapters is None)
-    scorer = build_scorer(settings) if settings.k_shot else None
-    return AprilGANModel(adapters, settings.stages, scorer, settings.smoothing_sigma)
+    scorer = build_scorer(settings, pre_processor) if settings.k_shot else None
+    temperature = None if settings.temperature == "model" else float(settings.temperature)
+    return AprilGANModel(adapters, settings.stages, scorer, settings.smoothing_sigma, temperature)
 
 
-def build_scorer(settings: Settings) -> FewShotScorer:
-    """The few-shot scorer, without any class."""
+def build_scorer(settings: Settings, pre_processor: nn.Module | None) -> FewShotScorer:
+    """The few-shot scorer, without any class; a ValueError where the user's pre-processor does not go with it."""
+    tower = settings.memory_tower
+    if tower is not None:
+        if not isinstance(pre_processor, AprilGANPreProcessor):
+            msg = "`memory_backbone` needs an AprilGANPreProcessor, whose statistics are known: leave `pre_processor`."
+            raise ValueError(msg)
+        statistics = pre_processor.mean.flatten().tolist(), pre_processor.std.flatten().tolist()
+        return VisionMemoryBank(tower, settings.memory_stages, statistics, settings.neighbourhood)
     build = SCORERS[settings.few_shot]
     return build(settings.architecture, settings.memory_stages, settings.neighbourhood)
 
@@ -44,7 +52,8 @@ def build_pre_processor(settings: Settings, given: nn.Module | bool) -> nn.Modul
     check_kind("pre_processor", given, nn.Module, "a pre-processor")
     tiled = settings.tile_size is not None
     if given is True:
-        mean, std = image_statistics(settings.architecture.name, settings.pretrained) or (CLIP_MEAN, CLIP_STD)
+        known = settings.architecture.statistics or image_statistics(settings.architecture.name, settings.pretrained)
+        mean, std = known or (CLIP_MEAN, CLIP_STD)
         return AprilGANPreProcessor(settings.architecture.image_size, mean, std, tiled=tiled)
     if given is not False and getattr(given, "tiled", False) != tiled:
         msg = "`pre_processor` and `tile_size` do not go together: pass `AprilGANPreProcessor(..., tiled=True)`."
@@ -82,28 +91,3 @@ def build_results(
         return AnomalibModule.configure_evaluator(), visualizer
     check_kind("evaluator", evaluator, Evaluator, "an Evaluator, 'anomalib'")
     return evaluator, visualizer
-
-
-def of_one_class(model: Any) -> Any:  # noqa: ANN401  # an AprilGAN, whose module is a layer above
-    """A model of the default class, or of the only one, that shares tensors with this one; nothing here changes.
-
-    A graph has one input, the image, so that anomalib's inferencers can run it. A model that inspects in tiles is a
-    RuntimeError, several classes without a default one are a ValueError.
-    """
-    if model.settings.tile_size is not None:
-        msg = (
-            "`tile_size` cannot be exported: the tiles depend on the image. Export without it, and run the "
-            "exported model on tiles with `anomalib_aprilgan.network.tiling.run_tiled`."
-        )
-        raise RuntimeError(msg)
-    row = model.made.classes.default_row()
-    one = copy.copy(model)
-    vars(one)["_modules"] = dict(vars(model)["_modules"])  # a shallow copy shares the parts themselves
-    one.model = model.model.of_row(row)
-    one.made = replace(model.made, classes=model.made.classes.of_row(row), rows=model.made.rows[row : row + 1])
-    if isinstance(model.post_processor, AprilGANPostProcessor):
-        one.post_processor = model.post_processor.of_row(row)
-    else:
-        one.own_fusion = copy.deepcopy(model.own_fusion)
-        one.own_fusion.set_rows([row], model.model.map_limit)
-    return one

@@ -1,8 +1,7 @@
-"""What a checkpoint holds beside tensors, whether a model can take it, and how those of 0.1.0 are read."""
+"""What a checkpoint holds beside tensors, and whether a model can take it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +15,18 @@ from .building import build_scorer
 from .checks import check_entries
 from .classes import Classes
 from .clip.prompts import PromptEnsemble
-from .data.references import content_digests
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
 from .files import check_no_bomb, damaged, is_file
+from .migration import CHECKPOINT_KEY, FEW_SHOT, FORMAT, migrate
+from .network.memory_bank import VisionMemoryBank
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
-from .recipe import Recipe, RowRecipes
+from .recipe import RowRecipes
 from .settings import Settings
 
-CHECKPOINT_KEY = "anomalib_aprilgan"
-_BACKBONE = "model._backbone."
-_FORMAT = 2
+_BACKBONE, _TOWER = "model._backbone.", "model.few_shot.tower."
 # What checkpoints were made with that do not say it.
 _EARLIER_SETTINGS = {
     "tile_size": None,
@@ -37,15 +35,21 @@ _EARLIER_SETTINGS = {
     "top_share": 0.0,
     "few_shot": "memory_bank",
     "score_fusion": "mean",
+    "temperature": 100.0,
+    "memory_backbone": None,
+    "memory_image_size": None,
 }
 # What memory banks and the bounds of the fused score rest on, and nothing else.
-_OF_REFERENCES = {"neighbourhood", "top_share", "few_shot", "score_fusion"}
+_OF_REFERENCES = {
+    "neighbourhood", "top_share", "few_shot", "score_fusion", "memory_backbone", "memory_image_size"
+}  # fmt: skip
 # What the entries of a checkpoint are, and of one of its rows.
 _ENTRIES: dict[str, Any] = {
     "format": int,
     "classes": [[str]],
     "rows": [dict],
     "clip": (str, None),
+    "memory_tower": (str, None),
     "settings": dict,
     "prompts": dict,
     "provenance": dict,
@@ -57,26 +61,19 @@ _ENTRIES_OF_ROW: dict[str, Any] = {
     "asked": str,
     "references": [str],
 }
-# Names of tensors in 0.1.0 and now.
-_RENAMED = {
-    r"model\.memory_banks\.(\d+)\.tokens": r"model.few_shot.remembered.\1.features",
-    r"post_processor\.map_maximum_min": "post_processor.fusion.low",
-    r"post_processor\.map_maximum_max": "post_processor.fusion.high",
-    r"post_processor\.calibrated": "post_processor.fixed",
-}
-_FEW_SHOT = "model.few_shot."
 _FEATURES = "model.few_shot.remembered.{}.features"
 
 
 def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: AprilGANModel) -> None:
     """Complete a checkpoint with what a model needs beside the tensors, and leave the frozen CLIP out of them."""
     tensors = checkpoint["state_dict"].items()
-    checkpoint["state_dict"] = {name: value for name, value in tensors if not name.startswith(_BACKBONE)}
+    checkpoint["state_dict"] = {name: value for name, value in tensors if not name.startswith((_BACKBONE, _TOWER))}
     checkpoint[CHECKPOINT_KEY] = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "classes": [list(pair) for pair in zip(made.classes.names, made.classes.words, strict=True)],
         "rows": [recipes.to_dict() for recipes in made.rows],
         "clip": network.backbone.digest if network.has_backbone else made.clip,
+        "memory_tower": made.memory_tower,
         "settings": _settings_of(settings, few_shot=network.few_shot is not None),
         "prompts": settings.prompts.to_dict(),
         "provenance": made.provenance.to_dict(),
@@ -108,28 +105,6 @@ def check_file(path: str | Path) -> None:
     if not (isinstance(content, dict) and {"state_dict", "pytorch-lightning_version"} <= set(content)):
         msg = f"`ckpt_path`: {file} is not a checkpoint of a trainer. To load weights alone, pass them as `adapters`."
         raise ValueError(msg)
-
-
-def migrate(checkpoint: MutableMapping[str, Any]) -> None:
-    """Bring a checkpoint of 0.1.0 into today's form, in place; a ValueError for one of another model or version."""
-    content = checkpoint.get(CHECKPOINT_KEY)
-    if content is None:
-        msg = "`ckpt_path` must be a checkpoint that AprilGAN wrote; this one holds nothing of it."
-        raise ValueError(msg)
-    check_entries("ckpt_path", content, {"format": int} if "format" in content else {})
-    if content.get("format", 1) > _FORMAT:
-        found = content["format"]
-        msg = f"`ckpt_path`: the checkpoint has format {found}, this version reads up to {_FORMAT}. Update the package."
-        raise ValueError(msg)
-    if "format" not in content:
-        try:
-            checkpoint["state_dict"] = _migrated_tensors(checkpoint["state_dict"], len(content["class_names"]))
-            checkpoint[CHECKPOINT_KEY] = _migrated_content(content)
-        except (KeyError, TypeError, AttributeError) as error:
-            msg = f"`ckpt_path`: the checkpoint is of 0.1.0 and damaged, or of something else ({error!r})."
-            raise ValueError(msg) from error
-        # Lightning keeps the post-processor's tensors a second time, under their old names.
-        checkpoint.get("callbacks", {}).pop("AprilGANPostProcessor", None)
 
 
 def check(checkpoint: MutableMapping[str, Any], settings: Settings, network: AprilGANModel) -> None:
@@ -188,6 +163,7 @@ def restore(
     network: AprilGANModel,
     own_fusion: ScoreFusion,
     post_processor: nn.Module | None,
+    pre_processor: nn.Module | None,
 ) -> tuple[Settings, Made]:
     """Make room for a checkpoint's tensors, and tell what they are and what they were made from.
 
@@ -197,7 +173,7 @@ def restore(
     words = dict(content["classes"])
     classes = Classes.of(words, settings.default_class if settings.default_class in words else None)
     if network.few_shot is None and has_references(state_dict):
-        network.few_shot = build_scorer(settings)
+        network.few_shot = build_scorer(settings, pre_processor)
     none = [None] * len(classes)
     network.set_rows(torch.empty_like(state_dict["model.text_features"]), none)
     if network.few_shot is not None:
@@ -210,9 +186,11 @@ def restore(
         state_dict.setdefault(f"own_fusion.{name}", value)
     if isinstance(post_processor, AprilGANPostProcessor):
         post_processor.make_room(classes, network.map_limit, network.map_ceiling)
-    if network.has_backbone:
-        backbone = network.backbone.state_dict()
-        state_dict.update({f"{_BACKBONE}{name}": value for name, value in backbone.items()})
+    frozen: dict[str, nn.Module] = {_BACKBONE: network.backbone} if network.has_backbone else {}
+    if isinstance(network.few_shot, VisionMemoryBank) and network.few_shot.tower is not None:
+        frozen[_TOWER] = network.few_shot.tower
+    for prefix, tower in frozen.items():
+        state_dict.update({f"{prefix}{name}": value for name, value in tower.state_dict().items()})
     if settings.prompts == PromptEnsemble():
         settings = replace(settings, prompts=PromptEnsemble.of(content["prompts"]))
     return settings, Made(
@@ -221,12 +199,13 @@ def restore(
         provenance=Provenance.from_dict(content["provenance"]),
         has_trained=content["has_trained"],
         clip=content["clip"],
+        memory_tower=content["memory_tower"],
     )
 
 
 def has_references(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint's tensors hold what a few-shot scorer remembers."""
-    return any(name.startswith(_FEW_SHOT) for name in state_dict)
+    return any(name.startswith(FEW_SHOT) for name in state_dict)
 
 
 def _settings_of(settings: Settings, *, few_shot: bool) -> dict[str, Any]:
@@ -236,57 +215,8 @@ def _settings_of(settings: Settings, *, few_shot: bool) -> dict[str, Any]:
         "memory_stages": list(settings.memory_stages),
         "quick_gelu": settings.architecture.quick_gelu,
         "image_size": list(settings.architecture.image_size),
-        **{name: getattr(settings, name) for name in _EARLIER_SETTINGS},
+        **{name: getattr(settings, name) for name in _EARLIER_SETTINGS if not name.startswith("memory_")},
+        "memory_backbone": None if settings.memory_tower is None else settings.memory_tower.name,
+        "memory_image_size": None if settings.memory_tower is None else list(settings.memory_tower.image_size),
         "tile_size": settings.tile_size if few_shot else None,  # banks remember tiles
-    }
-
-
-def _migrated_tensors(state_dict: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    one, several, tensors = "post_processor.", "post_processor.by_class.", {}
-    for name, value in state_dict.items():
-        if name.startswith(f"{several}0."):
-            parts = [state_dict[name.replace(f"{several}0.", f"{several}{row}.")] for row in range(number)]
-            tensors[_renamed(name.replace(f"{several}0.", one))] = torch.stack(parts)
-        elif name.startswith(one) and not name.startswith(several):
-            tensors.setdefault(_renamed(name), value.reshape(1))
-        elif not name.startswith(one):
-            tensors[_renamed(name)] = value
-    filled = any(value.numel() for name, value in tensors.items() if name.startswith(_FEW_SHOT))
-    return {name: value for name, value in tensors.items() if filled or not name.startswith(_FEW_SHOT)}
-
-
-def _renamed(name: str) -> str:
-    for old, new in _RENAMED.items():
-        name = re.sub(f"^{old}$", new, name)
-    return name
-
-
-def _migrated_content(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipes know what 0.1.0 recorded; what they do not know does not count when they are compared."""
-    lists = dict(content["prompts"])
-    for own in lists.get("classes", {}).values():
-        own.pop("classes", None)  # 0.1.0 wrote empty ones
-    prompts = PromptEnsemble.of(lists)
-    rows = []
-    for name, words in content["class_names"].items():
-        normal, anomalous = prompts.of_class(name).sentences(words)
-        recipes = RowRecipes(text=Recipe.of(normal=normal, anomalous=anomalous), bounds=Recipe({}))
-        paths = [Path(path) for path in content["references"].get(name, [])]
-        if paths:
-            known = content_digests(paths) if all(path.is_file() for path in paths) else ["unknown"]
-            recipes.bank = Recipe.of(references=known, number=len(paths))
-            recipes.references = [str(path) for path in paths]
-            recipes.asked = " ".join(content["reference_keys"].get(name, []))
-        if name in content.get("calibration", {}):
-            recipes.calibration = Recipe({})
-        rows.append(recipes.to_dict())
-    return {
-        "format": _FORMAT,
-        "classes": [list(pair) for pair in content["class_names"].items()],
-        "rows": rows,
-        "clip": content["fingerprint"],
-        "settings": content["clip"],
-        "prompts": prompts.to_dict(),
-        "provenance": content["provenance"],
-        "has_trained": True,
     }

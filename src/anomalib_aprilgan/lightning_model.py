@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch.optim import Adam
 
 from . import checkpoint as checkpoints
 from . import training
-from .building import build_network, build_post_processor, build_pre_processor, build_results, of_one_class
+from .building import build_network, build_post_processor, build_pre_processor, build_results
 from .classes import Classes, rows_of_batch, words_by_name
 from .clip.backbone import VisionOutput
 from .clip.prompts import PromptEnsemble
@@ -29,6 +28,7 @@ from .data.listing import DataAtHand, class_name_of, tells_classes
 from .data.reading_hooks import ReadingHooks
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
+from .exporting import Exporting
 from .inspection import predict_images
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, RawPredictions
@@ -45,11 +45,21 @@ from .running import (
     precision_of,
     running_loaders,
 )
-from .settings import Settings, adapters_of, architecture_of, height_and_width, numbers_of, plain_paths, source_of
+from .settings import (
+    Settings,
+    adapters_of,
+    architecture_of,
+    height_and_width,
+    memory_of,
+    numbers_of,
+    optional_source,
+    plain_paths,
+    source_of,
+)
 from .sharing import Sharing
 
 
-class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
+class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
     """APRIL-GAN: zero-/few-shot anomaly detection with CLIP, linear adapters and memory banks.
 
     A frozen CLIP compares an image and its patches with sentences about good and bad objects. A linear adapter per
@@ -61,7 +71,7 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         pretrained: open_clip tag, or path of a weight file (safetensors, .pt, OpenAI's archive).
         quick_gelu: Whether CLIP runs QuickGELU; unset, what its config says: GELU, as published, for ViT-L-14-336.
         image_size: Side of the square that images are resized to, or height and width, in pixels.
-        stages: Tapped blocks of the vision tower, counted from 1.
+        stages: Tapped stages of the vision tower, counted from 1; ``"auto"`` for evenly spaced quarters.
         adapters: ``"mvtec"`` or ``"visa"`` (the authors', by the data set they were trained on), ``"auto"`` (the one
             of them not trained on the target), a file, ``"hf://owner/name[@revision]"`` (on the Hugging Face hub), or
             ``None``: fresh ones that ``fit`` trains.
@@ -72,7 +82,7 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         k_shot: Number of normal reference images; 0 for zero-shot.
         references: Folder or list of reference images; for several classes a mapping from their names to such, or a
             folder with a folder of each name; else drawn from the datamodule's training images.
-        memory_stages: Tapped blocks of the memory bank; else those of ``stages``.
+        memory_stages: Tapped stages of the memory bank; else those of ``stages``.
         seed: Seed of the draw of references and of fresh adapters.
         default_class: Class of images that tell none of several, and of an export; else such images are an error.
         class_aliases: Whether MVTec AD's and VisA's names that are no words (``pcb1``) are replaced by some.
@@ -91,6 +101,12 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         false_positive_rate: Share of good parts that a calibrated threshold may flag, in (0, 0.5].
         few_shot: Few-shot scorer, by its name in ``anomalib_aprilgan.network.SCORERS``.
         score_fusion: How text and map become the few-shot score, by its name in ``decision.fusion.FUSIONS``.
+        temperature: What cosine similarities with the texts are multiplied with before the softmax; 100, as published,
+            or ``"model"`` for the logit scale that CLIP was trained with.
+        memory_backbone: Vision tower of timm (``"vit_base_patch14_dinov2.lvd142m"``) in whose features the memory bank
+            compares, ``memory_stages`` being its stages (by default the last); unset, as published, in CLIP's.
+        memory_pretrained: File of its weights; else those that timm publishes.
+        memory_image_size: Its ``image_size``; else the size nearest to that of CLIP.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one; ``"anomalib"`` for the metrics of its other models.
@@ -109,13 +125,13 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         pretrained: str = "openai",
         quick_gelu: bool | None = None,
         image_size: int | tuple[int, int] = 518,
-        stages: Sequence[int] = (6, 12, 18, 24),
+        stages: Sequence[int] | Literal["auto"] = "auto",
         adapters: str | None = "auto",
         class_name: dict[str, str] | list[str] | str | None = None,
         prompts: str | dict[str, Any] | None = None,
         k_shot: int = 0,
         references: dict[str, str | list[str]] | list[str] | str | None = None,
-        memory_stages: Sequence[int] | None = None,
+        memory_stages: Sequence[int] | Literal["auto"] | None = None,
         seed: int = 0,
         default_class: str | None = None,
         class_aliases: bool = False,
@@ -129,6 +145,10 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         false_positive_rate: float = 0.01,
         few_shot: str = "memory_bank",
         score_fusion: str = "mean",
+        temperature: float | Literal["model"] = 100.0,
+        memory_backbone: str | None = None,
+        memory_pretrained: str | None = None,
+        memory_image_size: int | tuple[int, int] | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool | Literal["anomalib"] = True,
@@ -137,6 +157,10 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         # Lightning saves these very names as hyperparameters: plain data, whatever config library they came from.
         backbone, pretrained = source_of("backbone", backbone), source_of("pretrained", pretrained)
         adapters = adapters_of(adapters)
+        memory_backbone = optional_source("memory_backbone", memory_backbone)
+        memory_pretrained = optional_source("memory_pretrained", memory_pretrained)
+        if memory_image_size is not None:
+            memory_image_size = height_and_width(memory_image_size, "memory_image_size")
         if aspect_ratio is None or not isinstance(image_size, int):
             image_size = height_and_width(image_size)
         stages = numbers_of("stages", stages)
@@ -144,19 +168,20 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         references, calibration = plain_paths(references), plain_paths(calibration, "calibration")
         architecture = architecture_of(backbone, quick_gelu, image_size, aspect_ratio, tile_size)
         tapped = architecture.check_stages(stages)
+        tower, remembered = memory_of(memory_backbone, memory_image_size, memory_stages, architecture, tapped)
         settings = Settings(
-            architecture, pretrained, adapters, tapped,
-            tapped if memory_stages is None else architecture.check_stages(memory_stages, "memory_stages"),
+            architecture, pretrained, adapters, tapped, remembered,
             words_by_name(class_name), default_class, class_aliases, PromptEnsemble.of(prompts), k_shot, references,
             seed, few_shot, score_fusion, tile_size, tile_overlap, smoothing_sigma, neighbourhood, top_share,
-            calibration, false_positive_rate,
+            calibration, false_positive_rate, temperature, tower, memory_pretrained,
         )  # fmt: skip
         super().__init__(
             build_pre_processor(settings, pre_processor),
             build_post_processor(settings, post_processor),
             *build_results(evaluator, visualizer),
         )
-        self.settings, self.made, self.model = settings, Made(), build_network(settings)
+        self.settings, self.made = settings, Made()
+        self.model = build_network(settings, self.pre_processor)
         self.own_fusion = ScoreFusion(score_fusion, top_share)  # where the post-processor is another's
         self.reading_hooks, self.table, self.metric_inputs = ReadingHooks(), DecisionsWriter(), MetricInputs()
         self._saw_defect, self._data = False, DataAtHand()
@@ -189,7 +214,7 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         that are missing raise a FileNotFoundError, those that do not fit a ValueError.
         """
         if self._trainer is None:
-            self._prepare(stage)
+            self.make_ready(stage)
             return
         with SETTING_UP:
             attach_clip(self.settings, self.made, self.model, self.device)
@@ -201,7 +226,7 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
     def on_fit_start(self) -> None:
         """Raise if there is nothing to train or nothing to learn from; note what the adapters will have seen."""
         training.check(self.settings, datamodule_of(self))
-        self._prepare("fit")
+        self.make_ready("fit")
         self._saw_defect = bool(training.has_defects(datamodule_of(self)))  # else the first epoch will tell
         training.note(self.made, self.model, datamodule_of(self))
 
@@ -214,40 +239,24 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
     def on_validation_start(self) -> None:
         """Complete the set-up, with what a checkpoint may have brought; so at the start of tests and predictions."""
         if not is_fitting(self):
-            self._prepare(TrainerFn(self.trainer.state.fn).value)
+            self.make_ready(TrainerFn(self.trainer.state.fn).value)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_epoch_end(self) -> None:
         """Note what the bounds and thresholds rest on that validation has learned."""
-        note_learned(self._workplace(precision_of(self)[0]))
+        note_learned(Workplace.of(self, self._data.augmentations))
 
-    def _prepare(self, stage: str, *, is_named: bool = False) -> None:
-        precision, context = precision_of(self)
-        with SETTING_UP, context:
+    def make_ready(self, stage: str, *, is_named: bool = False) -> None:
+        """Make whatever is missing for a stage, or for ``"export"``; see ``anomalib_aprilgan.preparation.prepare``."""
+        with SETTING_UP, precision_of(self)[1]:
             loaders = running_loaders(self.trainer) if is_running(self) else None
             self._data = DataAtHand.of(loaders, self.pre_processor)
             single = stage == "export" or (stage == "predict" and not is_named and not tells_classes(loaders))
-            renewed = prepare(self._workplace(precision), stage, single=single)
+            renewed = prepare(Workplace.of(self, self._data.augmentations), stage, single=single)
             self.to(self.device)
         if renewed and stage in {"test", "predict"} and is_running(self) and self.settings.adapters is None:
             training.validate(self, self.post_processor, datamodule_of(self))
-
-    def _workplace(self, precision: str) -> Workplace:
-        ours = self.post_processor if isinstance(self.post_processor, AprilGANPostProcessor) else None
-        return Workplace(
-            settings=self.settings,
-            made=self.made,
-            network=self.model,
-            own_fusion=self.own_fusion,
-            post_processor=ours,
-            datamodule=datamodule_of(self),
-            pre_processor=self.pre_processor,
-            augmentations=self._data.augmentations,
-            precision=precision,
-            predict=self.predict,
-            device=self.device,
-        )
 
     def predict(
         self,
@@ -272,7 +281,7 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         rows = None
         if not torch.compiler.is_compiling():
             if not is_ready(self.settings, self.made, self.model):
-                self._prepare("predict", is_named=class_name is not None)
+                self.make_ready("predict", is_named=class_name is not None)
             rows = self.made.classes.rows_for(class_name, len(batch), batch.device)
         predictions = self._fused(self.predict(batch, rows), rows)
         if isinstance(self.post_processor, AprilGANPostProcessor):
@@ -333,15 +342,5 @@ class AprilGAN(Components, Sharing, AnomalibModule):  # type: ignore[misc]  # an
         """Make room for what was learned, and complete it with the CLIP that is already here."""
         checkpoints.check(checkpoint, self.settings, self.model)  # before anything is changed
         super().on_load_checkpoint(checkpoint)
-        parts = self.settings, self.model, self.own_fusion, self.post_processor
+        parts = self.settings, self.model, self.own_fusion, self.post_processor, self.pre_processor
         self.settings, self.made = checkpoints.restore(checkpoint, *parts)
-
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401  # anomalib's arguments, passed on
-        """Export for anomalib's ``TorchInferencer``; see anomalib's ``ExportMixin.to_torch``."""
-        self._prepare("export")
-        return AnomalibModule.to_torch(of_one_class(self), *args, **kwargs)
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401  # anomalib's mixin, not Lightning's
-        """Export to ONNX; see anomalib's ``ExportMixin.to_onnx``."""
-        self._prepare("export")
-        return AnomalibModule.to_onnx(of_one_class(self), *args, **kwargs)

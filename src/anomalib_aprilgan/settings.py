@@ -6,11 +6,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .checks import SEED_LIMIT, check_bool, check_choice, check_int, check_list, check_number, check_text, shown
-from .clip.architecture import ClipArchitecture
+from .clip.architecture import ClipArchitecture, check_stages
 from .clip.hub import check_hub_source, is_on_hub
 from .clip.prompts import PromptEnsemble
+from .clip.vision_tower import TowerArchitecture
 from .data.pre_processing import aspect_size
 from .data.references import OneClass, References
 from .decision.calibration import Calibration
@@ -50,14 +52,27 @@ class Settings:
     top_share: float
     calibration: PlainPaths | None
     false_positive_rate: float
+    temperature: float | Literal["model"]
+    memory_tower: TowerArchitecture | None
+    memory_pretrained: str | None
 
     def __post_init__(self) -> None:
         """Raise if arguments are out of range or do not go together."""
         check_int("seed", self.seed, 0, SEED_LIMIT - 1)
         check_bool("class_aliases", self.class_aliases)
         check_choice("few_shot", self.few_shot, SCORERS)
+        if self.memory_tower is not None and self.few_shot != "memory_bank":
+            msg = f"`memory_backbone` is for `few_shot='memory_bank'`, got {shown(self.few_shot)}."
+            raise ValueError(msg)
+        if self.memory_tower is None and self.memory_pretrained is not None:
+            msg = "`memory_pretrained` are the weights of a `memory_backbone`, and none is given."
+            raise ValueError(msg)
         check_choice("score_fusion", self.score_fusion, FUSIONS)
         check_top_share(self.top_share)
+        expected = 'a number above 0 and at most 10000, or "model"'
+        if self.temperature != "model" and not 0.0 < check_number("temperature", self.temperature, expected) <= 1e4:
+            msg = f"`temperature` must be {expected}, got {self.temperature}."
+            raise ValueError(msg)
         _check_maps(self.smoothing_sigma, self.neighbourhood, self.architecture.image_size)
         if self.tile_size is not None:
             check_int("tile_size", self.tile_size, _LEAST_TILE, hint=" pixels")
@@ -115,22 +130,50 @@ def architecture_of(
     return ClipArchitecture.load(backbone, size, quick_gelu)
 
 
-def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+def memory_of(
+    memory_backbone: str | None,
+    memory_image_size: tuple[int, int] | None,
+    memory_stages: Sequence[int] | Literal["auto"] | None,
+    architecture: ClipArchitecture,
+    tapped: tuple[int, ...],
+) -> tuple[TowerArchitecture | None, tuple[int, ...]]:
+    """The vision tower of the memory bank, ``None`` for CLIP's own, and its stages.
+
+    By default they are those of ``tapped``, or the last one of a tower of its own.
+    """
+    if memory_backbone is None:
+        if memory_image_size is not None:
+            msg = "`memory_image_size` is that of a `memory_backbone`, and none is given."
+            raise ValueError(msg)
+        stages = tapped if memory_stages is None else architecture.check_stages(memory_stages, "memory_stages")
+        return None, stages
+    exact = memory_image_size is not None
+    tower = TowerArchitecture.load(memory_backbone, memory_image_size or architecture.image_size, exact=exact)
+    depth = len(tower.shapes)
+    return tower, check_stages(memory_stages or [depth], depth, tower.name, "memory_stages")
+
+
+def height_and_width(image_size: int | Sequence[int], argument: str = "image_size") -> tuple[int, int]:
     """Height and width in pixels, of a square or as they are; an error for other than one or two sides."""
     if isinstance(image_size, int):
         sides: list[object] = [image_size, image_size]
     else:
-        sides = check_list("image_size", image_size, "one side, or height and width, in pixels")
+        sides = check_list(argument, image_size, "one side, or height and width, in pixels")
     if len(sides) != 2:
-        msg = f"`image_size` must be one side, or height and width, got {shown(tuple(sides))}."
+        msg = f"`{argument}` must be one side, or height and width, got {shown(tuple(sides))}."
         raise ValueError(msg)
-    height, width = (check_int("image_size", side, 1, MAX_SIDE, " pixels") for side in sides)
+    height, width = (check_int(argument, side, 1, MAX_SIDE, " pixels") for side in sides)
     return height, width
 
 
 def source_of(argument: str, value: object) -> str:
     """A name or path as plain text."""
     return check_text(argument, value, "a name or a path")
+
+
+def optional_source(argument: str, value: object) -> str | None:
+    """A name or path as plain text, or ``None``."""
+    return None if value is None else source_of(argument, value)
 
 
 def adapters_of(value: object) -> str | None:
@@ -143,8 +186,10 @@ def adapters_of(value: object) -> str | None:
     return source
 
 
-def numbers_of(argument: str, value: object) -> tuple[int, ...]:
-    """Blocks as a tuple; ``ClipArchitecture.check_stages`` says which there are."""
+def numbers_of(argument: str, value: object) -> tuple[int, ...] | Literal["auto"]:
+    """Stages as a tuple, or "auto"; ``ClipArchitecture.check_stages`` says which there are."""
+    if isinstance(value, str) and value == "auto":
+        return "auto"
     return tuple(check_int(argument, entry, -SEED_LIMIT) for entry in check_list(argument, value, "a list of blocks"))
 
 
@@ -183,7 +228,7 @@ def _size_of_shape(
         msg = f"`aspect_ratio` must be {expected}, got {aspect_ratio}."
         raise ValueError(msg)
     square = ClipArchitecture.load(backbone, (image_size, image_size), None)  # raises if patches do not tile the side
-    return aspect_size((1.0, aspect_ratio), image_size, image_size // square.grid[0])
+    return aspect_size((1.0, aspect_ratio), image_size, square.stride)
 
 
 def _check_maps(smoothing_sigma: float, neighbourhood: int, size: tuple[int, int]) -> None:

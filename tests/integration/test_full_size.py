@@ -58,7 +58,7 @@ def test_default_model_end_to_end(large_clip: LargeClip, tmp_path: Path) -> None
     assert model.learning_type == LearningType.FEW_SHOT
     model.setup("predict")
     assert model.model.stages == (6, 12, 18, 24)
-    assert model.model.few_shot.features(0).shape == (4, 1, 37 * 37, 1024)
+    assert model.model.few_shot.features(0).shape == (1, 4 * 37 * 37 * 1024)
     assert model.model.text_features.shape == (1, 768, 2)
 
     image = tmp_path / "large.png"

@@ -51,7 +51,7 @@ class TextureScorer(FewShotScorer):
 
     def fill(self, row: int, images: Tensor, output: VisionOutput) -> None:
         del output
-        self.set_features(row, self.tokens(images)[None])
+        self.set_features(row, self.tokens(images))
 
     def distance_maps(
         self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
@@ -60,7 +60,7 @@ class TextureScorer(FewShotScorer):
         tokens, size = self.tokens(images), (images.shape[-2], images.shape[-1])
         distances = tokens.new_zeros(tokens.shape[:2])
         for row, chosen in rows_in(rows, len(self.remembered)):
-            bank = self.features(row)[0]
+            bank = self.features(row)
             kept = bank[[shot for shot in range(len(bank)) if shot not in without]].flatten(0, 1)
             distances[chosen] = 1.0 - (tokens[chosen] @ kept.T).amax(dim=-1)
         grid = distances.unflatten(1, (size[0] // self.SIDE, size[1] // self.SIDE))

@@ -12,7 +12,7 @@ def tokens(stages: int, width: int = 6, dtype: torch.dtype = torch.float32) -> l
 
 
 def test_by_hand() -> None:
-    adapters = LinearAdapters(1, 2, 3)
+    adapters = LinearAdapters([2] * 1, 3)
     with torch.no_grad():
         adapters.fc[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]))
         adapters.fc[0].bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
@@ -22,7 +22,7 @@ def test_by_hand() -> None:
 
 def test_each_stage_has_its_own_map() -> None:
     torch.manual_seed(0)
-    adapters = LinearAdapters(3, 6, 4)
+    adapters = LinearAdapters([6] * 3, 4)
     given = tokens(3)
     for number, features in enumerate(adapters(given)):
         layer = adapters.fc[number]
@@ -34,7 +34,7 @@ def test_each_stage_has_its_own_map() -> None:
 
 
 def test_the_map_is_affine() -> None:
-    adapters = LinearAdapters(1, 6, 4)
+    adapters = LinearAdapters([6] * 1, 4)
     (one,), (other,) = tokens(1), tokens(1)
     other = other.flip(1)
     zero = adapters([torch.zeros_like(one)])[0]
@@ -44,13 +44,13 @@ def test_the_map_is_affine() -> None:
 
 
 def test_names_are_the_authors_and_shapes_follow_the_widths() -> None:
-    shapes = {name: tuple(value.shape) for name, value in LinearAdapters(2, 6, 4).state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in LinearAdapters([6] * 2, 4).state_dict().items()}
     assert shapes == {"fc.0.weight": (4, 6), "fc.0.bias": (4,), "fc.1.weight": (4, 6), "fc.1.bias": (4,)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_tokens_are_mapped_in_fp32(dtype: torch.dtype) -> None:
-    adapters = LinearAdapters(2, 6, 4)
+    adapters = LinearAdapters([6] * 2, 4)
     half = tokens(2, dtype=dtype)
     for features, expected in zip(adapters(half), adapters([stage.float() for stage in half]), strict=True):
         assert features.dtype == torch.float32
@@ -58,7 +58,7 @@ def test_half_precision_tokens_are_mapped_in_fp32(dtype: torch.dtype) -> None:
 
 
 def test_half_precision_weights_are_used_in_fp32() -> None:
-    adapters = LinearAdapters(1, 6, 4).to(torch.bfloat16)
+    adapters = LinearAdapters([6] * 1, 4).to(torch.bfloat16)
     (features,) = adapters(tokens(1))
     assert features.dtype == torch.float32
     assert features.unique().numel() == features.numel()
@@ -67,10 +67,10 @@ def test_half_precision_weights_are_used_in_fp32() -> None:
 @pytest.mark.parametrize("given", [1, 3])
 def test_another_number_of_stages_is_refused(given: int) -> None:
     with pytest.raises(ValueError, match="zip"):
-        LinearAdapters(2, 6, 4)(tokens(given))
+        LinearAdapters([6] * 2, 4)(tokens(given))
 
 
 def test_gradients_reach_every_layer() -> None:
-    adapters = LinearAdapters(2, 6, 4)
+    adapters = LinearAdapters([6] * 2, 4)
     sum(features.square().sum() for features in adapters(tokens(2))).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapters.parameters())

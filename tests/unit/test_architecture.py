@@ -13,7 +13,7 @@ LAYERS = [
     ("checks", "classes", "config_files", "files", "recipe", "running"),
     ("clip",),
     ("network", "data", "decision", "metrics"),
-    ("settings", "provenance"),
+    ("settings", "provenance", "migration", "exporting"),
     ("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "results"),
     ("lightning_model",),
     ("plugin", "__init__", "demo", "evaluation"),

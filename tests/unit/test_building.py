@@ -22,7 +22,7 @@ def test_network_of_the_settings(april_gan: Build) -> None:
     assert (network.stages, network.smoothing_sigma) == ((1, 3), 1.5)
     assert [tuple(layer.weight.shape) for layer in network.adapters.fc] == [(40, 64), (40, 64)]
     assert isinstance(network.few_shot, MemoryBank)
-    assert (network.few_shot.stages, network.few_shot.neighbourhood, network.few_shot.grid) == ((2,), 3, (12, 12))
+    assert (network.few_shot.stages, network.few_shot.neighbourhood) == ((2,), 3)
 
 
 def test_zero_shot_has_no_scorer(april_gan: Build) -> None:

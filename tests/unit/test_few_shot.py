@@ -19,7 +19,7 @@ class Brightness(FewShotScorer):
 
     def fill(self, row: int, images: Tensor, output: VisionOutput) -> None:
         del output
-        self.set_features(row, images.mean(dim=(1, 2, 3))[None])
+        self.set_features(row, images.mean(dim=(1, 2, 3))[:, None])
 
     def distance_maps(
         self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
@@ -27,7 +27,7 @@ class Brightness(FewShotScorer):
         del output
         maps = torch.empty(len(images), *images.shape[-2:])
         for row, chosen in rows_in(rows, len(self.remembered)):
-            kept = [level for shot, level in enumerate(self.features(row)[0]) if shot not in without]
+            kept = [level for shot, level in enumerate(self.features(row)[:, 0]) if shot not in without]
             maps[chosen] = (images[chosen].mean(dim=1) - torch.stack(kept).mean()).abs()
         return maps
 
@@ -51,7 +51,7 @@ def test_it_needs_no_stage_unless_it_says_so() -> None:
     assert Brightness().stages == ()
 
 
-def test_the_second_axis_counts_references() -> None:
+def test_the_first_axis_counts_references() -> None:
     assert [scorer([0.1, 0.2], [], [0.3]).number(row) for row in range(3)] == [2, 0, 1]
 
 
@@ -65,7 +65,7 @@ def test_rows_are_kept_moved_and_dropped() -> None:
     built.set_rows([2, None, 1])
     assert [built.number(row) for row in range(3)] == [1, 0, 2]
     torch.testing.assert_close(built.features(0), torch.tensor([[0.4]]))
-    torch.testing.assert_close(built.features(2), torch.tensor([[0.2, 0.3]]))
+    torch.testing.assert_close(built.features(2), torch.tensor([[0.2], [0.3]]))
     assert set(built.state_dict()) == {f"remembered.{row}.features" for row in range(3)}
     built.set_rows([])
     assert len(built.remembered) == 0

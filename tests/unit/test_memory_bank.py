@@ -13,7 +13,8 @@ from anomalib_aprilgan.network.memory_bank import MemoryBank
 from anomalib_aprilgan.network.scoring import distance_map, neighbourhood_mean
 
 STAGES = (1, 3)
-ARCHITECTURE = ClipArchitecture("ViT-tiny", {"vision_cfg": {"patch_size": 8}}, (16, 16))  # 2 x 2 patches
+VISION = {"patch_size": 8, "width": 5, "layers": 3}
+ARCHITECTURE = ClipArchitecture("ViT-tiny", {"vision_cfg": VISION}, (16, 16))  # 2 x 2 patches
 
 
 def output(shots: int = 3, width: int = 5, seed: int = 0, patches: int = 4) -> VisionOutput:
@@ -41,17 +42,19 @@ def shots_of(given: VisionOutput, shots: list[int]) -> VisionOutput:
 
 
 def test_rows_keep_their_directions_at_unit_length() -> None:
-    bank = MemoryBank(ARCHITECTURE, (2,))
+    narrow = ClipArchitecture("ViT-tiny", {"vision_cfg": VISION | {"width": 2}}, (8, 16))
+    bank = MemoryBank(narrow, (2,))
     bank.set_rows([None])
     bank.fill(0, images(1), VisionOutput([torch.tensor([[[3.0, 4.0], [0.0, -2.0]]])], torch.zeros(1, 2), (2,)))
-    torch.testing.assert_close(bank.features(0), torch.tensor([[[[0.6, 0.8], [0.0, -1.0]]]]))
+    torch.testing.assert_close(bank.banks_of(bank.features(0)), [torch.tensor([[[0.6, 0.8], [0.0, -1.0]]])])
     assert bank.number(0) == 1
 
 
 def test_stages_come_image_by_image() -> None:
     given = output()
-    remembered = bank_of(given).features(0)
-    assert remembered.shape == (2, 3, 4, 5)
+    bank = bank_of(given)
+    assert bank.features(0).shape == (3, 2 * 4 * 5)
+    remembered = bank.banks_of(bank.features(0))
     for stage, of_stage in zip(given.patch_tokens, remembered, strict=True):
         for raw, kept in zip(stage, of_stage, strict=True):
             for patch, row in zip(raw, kept, strict=True):
@@ -135,7 +138,8 @@ def test_filling_again_forgets() -> None:
     again = output(shots=1, seed=5)
     bank.fill(0, images(1), again)
     assert [bank.number(row) for row in range(2)] == [1, 2]
-    torch.testing.assert_close(bank.features(0), F.normalize(torch.stack(again.patch_tokens), dim=-1))
+    expected = [F.normalize(tokens, dim=-1) for tokens in again.patch_tokens]
+    torch.testing.assert_close(bank.banks_of(bank.features(0)), expected)
 
 
 def test_empty_bank_says_which_call_fills_it() -> None:
@@ -164,7 +168,7 @@ def test_half_precision_tokens_are_normalised_in_fp32_and_carry_no_gradient() ->
     bank = bank_of(half)
     assert bank.features(0).dtype == torch.float32
     assert not bank.features(0).requires_grad
-    torch.testing.assert_close(bank.features(0).norm(dim=-1), torch.ones(2, 3, 4))
+    torch.testing.assert_close(bank.features(0).unflatten(1, (2, 4, 5)).norm(dim=-1), torch.ones(3, 2, 4))
 
 
 def test_arguments_are_left_alone() -> None:
@@ -172,3 +176,20 @@ def test_arguments_are_left_alone() -> None:
     bank_of(given, neighbourhood=3).distance_maps(images(2), seen, None)
     for one, other in ((given, output()), (seen, output(2, seed=4))):
         assert all(torch.equal(a, b) for a, b in zip(one.patch_tokens, other.patch_tokens, strict=True))
+
+
+def test_stages_of_other_widths_and_grids() -> None:
+    architecture = ClipArchitecture.load("RN50", (64, 32), None)
+    bank = MemoryBank(architecture, (1, 4))
+    assert [(shape.width, shape.grid) for shape in bank.shapes] == [(256, (16, 8)), (2048, (2, 1))]
+    tokens = [torch.randn(2, 128, 256), torch.randn(2, 2, 2048)]
+    seen = VisionOutput(tokens, torch.zeros(2, 4), (1, 4))
+    bank.set_rows([None])
+    bank.fill(0, torch.zeros(2, 3, 64, 32), seen)
+    assert bank.features(0).shape == (2, 128 * 256 + 2 * 2048)
+    maps = bank.distance_maps(torch.zeros(2, 3, 64, 32), seen, None)
+    assert maps.shape == (2, 64, 32)
+    assert maps.abs().max() < 1e-5
+    assert bank.distance_maps(torch.zeros(2, 3, 64, 32), seen, None, without=[0])[0].min() > 0.5
+    with pytest.raises(ValueError, match=r"`ckpt_path`: a memory bank must be \(K, 36864\) for this tower"):
+        bank.check_features(torch.zeros(2, 5))

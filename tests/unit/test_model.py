@@ -58,7 +58,7 @@ def build(clip: Callable[[tuple[int, int]], ClipBackbone]) -> Build:
         backbone, few_shot = clip(image_size), None
         if memory_stages is not None or len(references):
             few_shot = MemoryBank(backbone.architecture, memory_stages or stages, neighbourhood)
-        model = AprilGANModel(LinearAdapters(len(stages), 64, 40), stages, few_shot, **options)
+        model = AprilGANModel(LinearAdapters([64] * len(stages), 40), stages, few_shot, **options)
         model.attach_backbone(backbone)
         model.set_rows(text_features(classes), [None] * classes)
         for row, given in enumerate(references):
@@ -90,7 +90,7 @@ class TestPredictions:
         model = build((2, 4), (2, 4), image_size=(96, 64))
         assert model.predict(images(2, 96, 64), few_shot=False).anomaly_map.shape == (2, 96, 64)
         remember(model, images(2, 96, 64, seed=1))
-        assert scorer_of(model).features(0).shape == (2, 2, 96, 64)
+        assert scorer_of(model).features(0).shape == (2, 2 * 96 * 64)
         assert model.predict(images(2, 96, 64)).anomaly_map.shape == (2, 96, 64)
 
     def test_map_is_the_sum_of_the_anomalous_channels(self, build: Build) -> None:
@@ -223,7 +223,7 @@ class TestOneRowAlone:
 
 class TestOrderOfCalls:
     def test_without_a_backbone(self) -> None:
-        model = AprilGANModel(LinearAdapters(1, 64, 40), (1,))
+        model = AprilGANModel(LinearAdapters([64] * 1, 40), (1,))
         assert not model.has_backbone
         with pytest.raises(RuntimeError, match=r"no CLIP yet: call `AprilGAN\.setup\('predict'\)` first"):
             model.predict(images(1))
@@ -320,7 +320,7 @@ class TestOptions:
         references = images(2, seed=8)
         model = build((2, 4), (3,), neighbourhood=3, references=[references])
         tokens = neighbourhood_mean(model.backbone(references, [3]).patch_tokens[0], (8, 8), 3)
-        torch.testing.assert_close(scorer_of(model).features(0)[0], F.normalize(tokens, dim=-1))
+        torch.testing.assert_close(scorer_of(model).features(0), F.normalize(tokens, dim=-1).flatten(1))
         zero_shot = model.predict(references, few_shot=False).anomaly_map
         torch.testing.assert_close(model.predict(references).anomaly_map, zero_shot, atol=2e-5, rtol=0)  # seen before
         # The zero-shot map has no neighbourhoods.

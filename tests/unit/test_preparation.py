@@ -45,7 +45,7 @@ def build(april_gan: Build, small_clip: Any, tmp_path: Path) -> Build:
 
 
 def place_of(model: AprilGAN) -> Workplace:
-    return model._workplace("32-true")
+    return Workplace.of(model, None)
 
 
 @pytest.fixture

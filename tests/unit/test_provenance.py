@@ -56,7 +56,7 @@ def data(name: str, category: str | None = None) -> Any:
 
 def adapters(stages: int = 2, width: int = 6, embed_dim: int = 4) -> dict[str, Tensor]:
     torch.manual_seed(stages)
-    return LinearAdapters(stages, width, embed_dim).state_dict()
+    return LinearAdapters([width] * stages, embed_dim).state_dict()
 
 
 class TestFiles:
@@ -77,7 +77,7 @@ class TestFiles:
         assert content["stages"] == [1, 3]
 
     def test_parameters_and_views_are_written_as_values(self, tmp_path: Path) -> None:
-        module = LinearAdapters(1, 6, 4)
+        module = LinearAdapters([6] * 1, 4)
         transposed = {"fc.0.weight": module.fc[0].weight.T, "fc.0.bias": module.fc[0].bias}
         save_adapters(tmp_path / "a.safetensors", transposed, Provenance())
         state_dict, _ = load_adapters(tmp_path / "a.safetensors")

@@ -56,22 +56,24 @@ class ClipBackbone(nn.Module):
     def __init__(self, architecture: ClipArchitecture, state_dict: dict[str, Tensor], source: str) -> None:
         super().__init__()
         self.architecture = architecture
-        clip = library.build_clip(architecture.name, architecture.config)
+        clip: Any = library.build_clip(architecture.name, architecture.config)
         # Files are often in half precision, in which positions cannot be resized on a CPU.
         weights = {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
         try:
-            if "logit_scale" in weights:
-                weights["logit_scale"] = weights["logit_scale"].reshape(clip.logit_scale.shape)
             library.load_weights(clip, weights)
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
             msg = f"`pretrained`: the weights of {source} are not those of {architecture.name}: {reason[:400]}"
             raise ValueError(msg) from error
+        if not architecture.is_plain_vit:
+            library.resize_tower(clip.visual, architecture.image_size)
         self.digest = digest_of_tensors(weights)
-        self._projection_digest = hashlib.sha256(weights["visual.proj"].numpy().tobytes()).hexdigest()[:16]
-        self.visual = clip.visual
-        clip.visual = None  # the rest of it is the text tower
-        self.text: Any | None = clip
+        projection = weights.get("visual.proj", torch.empty(0))
+        self._projection_digest = hashlib.sha256(projection.numpy().tobytes()).hexdigest()[:16]
+        self.temperature = float(clip.logit_scale.exp())
+        self.visual: Any = clip.visual
+        self.text: Any | None = library.text_tower(clip)
+        self._cuts_exactly: bool | None = None
         self.requires_grad_(requires_grad=False)
         self.train(mode=False)
 
@@ -95,7 +97,7 @@ class ClipBackbone(nn.Module):
         if tuple(images.shape[-2:]) != self.architecture.image_size:
             msg = f"`images` must be {self.architecture.image_size} pixels for this model, got {tuple(images.shape)}."
             raise ValueError(msg)
-        images = images.to(self.visual.conv1.weight.dtype)
+        images = images.to(next(self.visual.parameters()).dtype)
         tapped = tuple(stages)
         return VisionOutput(*library.run_vision(self.visual, images, tapped), tapped)
 
@@ -117,42 +119,44 @@ class ClipBackbone(nn.Module):
         """Features ``(len(sentences), D)`` in fp32, not normalised; a RuntimeError without text tower.
 
         A causal tower that pools at the end token never looks behind it, so the context is cut to the longest sentence:
-        the same features for a third of the work or less. ``cut_context=False`` measures what that saves.
+        the same features for a third of the work or less. Where a first sentence does not get the same features so, the
+        context is never cut. ``cut_context=False`` measures what that saves.
         """
-        text = self.text
-        if text is None:
+        if self.text is None:
             msg = "This backbone carries no text tower (an exported model): class names cannot be encoded any more."
             raise RuntimeError(msg)
-        tokens = library.tokens_of(*self._tokenizing, tuple(sentences)).to(text.positional_embedding.device)
-        if text.text_pool_type in {"argmax", "eos"}:  # CLIP's own end token is the highest of all
-            pooled_at = (tokens if text.text_pool_type == "argmax" else (tokens == text.text_eos_id).int()).argmax(-1)
-        else:
-            pooled_at = torch.full_like(tokens[:, 0], 0 if text.text_pool_type == "first" else tokens.shape[1] - 1)
-        length = int(pooled_at.max()) + 1 if cut_context and text.attn_mask is not None else tokens.shape[1]
-        tokens = tokens[:, :length]
-        embedded = text.token_embedding(tokens) + text.positional_embedding[:length]
-        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
-        stream = text.ln_final(library.run_text_blocks(text, embedded, mask))
-        pooled: Tensor = stream[torch.arange(len(stream), device=stream.device), pooled_at]
-        projection: Tensor | nn.Linear | None = text.text_projection
-        if projection is not None:
-            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-        return pooled.float()
+        tokens = library.tokens_of(*self._tokenizing, tuple(sentences)).to(next(self.text.parameters()).device)
+        if cut_context and self._cut_is_exact(tokens[:1]):
+            cut = library.encode_cut_tokens(self.text, tokens)
+            if cut is not None:
+                return cut.float()
+        return library.encode_tokens(self.text, tokens).float()
+
+    def _cut_is_exact(self, tokens: Tensor) -> bool:
+        """Whether a sentence gets open_clip's features also without what is behind its end; asked once."""
+        if self._cuts_exactly is None and self.text is not None and len(tokens):
+            cut, whole = library.encode_cut_tokens(self.text, tokens), library.encode_tokens(self.text, tokens)
+            rounding = 1000 * torch.finfo(whole.dtype).eps * whole.abs().max()
+            self._cuts_exactly = cut is not None and bool((cut - whole).abs().max() <= rounding)
+        return bool(self._cuts_exactly)
 
     @property
     def _tokenizing(self) -> tuple[str | None, int, str]:
         """What a tokenizer of this text tower is made from."""
         config = self.architecture.config["text_cfg"]
-        options = json.dumps(config.get("tokenizer_kwargs") or {})
-        return config.get("hf_tokenizer_name"), config.get("context_length", 77), options
+        options = dict(config.get("tokenizer_kwargs") or {})
+        if config.get("tokenizer_mode"):
+            options["tokenizer_mode"] = config["tokenizer_mode"]
+        return config.get("hf_tokenizer_name"), config.get("context_length", 77), json.dumps(options)
 
     def _check_length(self, normal: list[str], anomalous: list[str]) -> None:
         tokens = [library.tokens_of(*self._tokenizing, tuple(sentences)) for sentences in (normal, anomalous)]
-        if not any(part[:, -1].any() for part in tokens):  # the context of each sentence ends in padding
+        padding = int(library.tokens_of(*self._tokenizing, ("",))[0, -1])  # the context of each sentence ends in it
+        ends = torch.cat(tokens)[:, -1].tolist()
+        full = [sentence for sentence, end in zip([*normal, *anomalous], ends, strict=True) if end != padding]
+        if not full:
             return
         good, bad = ({tuple(row) for row in part.tolist()} for part in tokens)
-        ends = torch.cat(tokens)[:, -1].tolist()
-        full = [sentence for sentence, end in zip([*normal, *anomalous], ends, strict=True) if end]
         context = tokens[0].shape[1]
         cut = library.cut_words(library.tokenizer(*self._tokenizing), full, context)
         if not cut:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from open_clip.model import resize_pos_embed
-from torch import Tensor
+import torch.nn.functional as F
+from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict, resize_pos_embed
+from torch import Tensor, nn
+
+try:
+    from open_clip.convert import convert_state_dict
+except ImportError:  # open_clip 2 knows no foreign files
+    convert_state_dict = None
+
+
+class StageShape(NamedTuple):
+    """What a tapped stage gives: tokens of this width ``C``, one for each cell of a grid (rows, columns)."""
+
+    width: int
+    grid: tuple[int, int]
 
 
 def model_names() -> list[str]:
@@ -36,40 +50,108 @@ def pretrained_config(name: str, tag: str) -> dict[str, Any]:
     return dict(open_clip.get_pretrained_cfg(name, tag))
 
 
-def build_clip(name: str, config: dict[str, Any]) -> open_clip.CLIP:
-    """The model of a configuration, with random weights; a ValueError names an entry that is unknown here."""
+def build_clip(name: str, config: dict[str, Any]) -> nn.Module:
+    """The model of a configuration, with random weights; a ValueError names an entry that is unknown here.
+
+    It is a CLIP, CoCa, or CLIP with a text tower of its own, as open_clip's factory decides it.
+    """
+    config = copy.deepcopy(config)
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False  # its weights are among those of the CLIP
+    plain = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    build = open_clip.CoCa if "multimodal_cfg" in config else plain
+    with _told(name):
+        clip: nn.Module = build(**config)
+    return clip
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn whatever building a model raises into a ValueError: open_clip checks little of a configuration itself."""
     try:
-        return open_clip.CLIP(**copy.deepcopy(config))
-    except Exception as error:  # open_clip checks little of a configuration itself
+        yield
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         msg = f"`backbone`: open_clip {version('open_clip_torch')} cannot build {name}: {reason[:400]}"
         raise ValueError(msg) from error
 
 
-def load_weights(clip: open_clip.CLIP, state_dict: dict[str, Tensor]) -> None:
-    """Load weights in fp32 into a model of any image size; a RuntimeError or KeyError says what does not fit.
+@lru_cache(maxsize=32)
+def tap_shapes(name: str, config: str, image_size: tuple[int, int] | None) -> tuple[StageShape, ...]:
+    """What every stage of a vision tower gives, found by running it without numbers; none without a grid.
 
-    The positional embedding is resized as the authors do it: bicubic, antialiased, class token untouched.
+    ``config`` is the configuration as JSON, ``image_size`` height and width in pixels, ``None`` for the tower's own.
+    """
+    content = json.loads(config)
+    with _told(name), torch.device("meta"), torch.no_grad():
+        visual = _build_vision_tower(content["embed_dim"], content["vision_cfg"], content.get("quick_gelu", False))
+        if image_size is None:
+            side = content["vision_cfg"].get("image_size", 224)
+            image_size = (side, side) if isinstance(side, int) else tuple(side)
+        else:
+            resize_tower(visual, image_size)
+        planes = _run_stages(visual.eval(), torch.empty(1, 3, *image_size), None)[0]
+    planes = planes[1:] if isinstance(visual, open_clip.model.ModifiedResNet) else planes  # its stem is no stage
+    if any(plane.ndim != 4 for plane in planes):
+        return ()
+    return tuple(StageShape(plane.shape[1], (plane.shape[2], plane.shape[3])) for plane in planes)
+
+
+def resize_tower(visual: nn.Module, image_size: tuple[int, int]) -> None:
+    """Let a vision tower take images of another height and width in pixels; a plain ViT is built at its size.
+
+    Positions are resized as open_clip and timm do it: bicubic, antialiased, class token untouched.
+    """
+    if isinstance(visual, open_clip.model.ModifiedResNet):
+        grid, pool = (image_size[0] // 32, image_size[1] // 32), visual.attnpool
+        first, cells = pool.positional_embedding[:1], pool.positional_embedding[1:]
+        side = round(len(cells) ** 0.5)
+        if (side, side) != grid:
+            planes = cells.T.reshape(1, -1, side, side)
+            planes = F.interpolate(planes, grid, mode="bicubic", antialias=True, align_corners=False)
+            pool.positional_embedding = nn.Parameter(torch.cat([first, planes.flatten(2)[0].T]))
+    elif isinstance(visual, open_clip.timm_model.TimmModel):
+        visual.set_input_size(image_size)
+
+
+def load_weights(clip: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load weights in fp32 into a model; a RuntimeError or KeyError says what does not fit.
+
+    The positional embedding of a plain ViT, built at any image size, is resized as the authors do it: bicubic,
+    antialiased, class token untouched. Files of other projects and of earlier versions are read as open_clip does.
     """
     resized = dict(state_dict)
+    if convert_state_dict is not None:
+        resized = convert_state_dict(clip, resized)
+    if "positional_embedding" in resized and not hasattr(clip, "positional_embedding"):
+        resized = convert_to_custom_text_state_dict(resized)
+    for name in ("logit_scale", "logit_bias"):
+        ours = getattr(clip, name, None)
+        if ours is not None:
+            resized[name] = resized[name].reshape(ours.shape) if name in resized else torch.zeros_like(ours)
+    resized.pop("text.transformer.embeddings.position_ids", None)  # written by earlier versions of transformers
     resize_pos_embed(resized, clip)
     clip.load_state_dict(resized)
 
 
 @lru_cache
 def tokenizer(
-    hub_name: str | None, context_length: int, options: str
+    source: str | None, context_length: int, options: str
 ) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
-    """CLIP's own tokenizer, or one from the Hugging Face hub; its further options come as JSON."""
-    if hub_name:
-        return open_clip.HFTokenizer(hub_name, context_length=context_length, **json.loads(options))
+    """CLIP's own tokenizer, or one of a folder or of the Hugging Face hub; its further options come as JSON.
+
+    An OSError says that it cannot be had, an ImportError that the package transformers is missing.
+    """
+    if source:
+        return open_clip.HFTokenizer(source, context_length=context_length, **json.loads(options))
     return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
 
 
 @lru_cache(maxsize=32)  # the sentences of a class, of every model of it
-def tokens_of(hub_name: str | None, context_length: int, options: str, sentences: tuple[str, ...]) -> Tensor:
+def tokens_of(source: str | None, context_length: int, options: str, sentences: tuple[str, ...]) -> Tensor:
     """Tokens ``(len(sentences), context_length)`` of ``tokenizer``, not to be changed."""
-    tokens: Tensor = tokenizer(hub_name, context_length, options)(list(sentences))
+    tokens: Tensor = tokenizer(source, context_length, options)(list(sentences))
     return tokens
 
 
@@ -82,23 +164,41 @@ def cut_words(
     decode = getattr(tokenize, "tokenizer", tokenize).decode
     cut = {}
     for sentence, row in zip(sentences, tokenize(list(sentences), context_length=16 * context_length), strict=True):
-        tokens = row[: int(row.nonzero().max()) + 1].tolist()
+        tokens = row[: int((row != row[-1]).nonzero().max()) + 1].tolist()  # it ends in padding
         if len(tokens) > context_length:  # whose last place is the end token's
             cut[sentence] = decode(tokens[context_length - 1 : -1]).strip()
     return cut
 
 
-def run_vision(
-    visual: open_clip.transformer.VisionTransformer, images: Tensor, stages: Sequence[int]
-) -> tuple[list[Tensor], Tensor]:
-    """Patch tokens ``(B, L, C)`` after every tapped block, counted from 1, and the image feature ``(B, D)``.
-
-    open_clip 3 has ``forward_intermediates`` for this; version 2 has not, and no image or no stage is too few for it.
-    """
-    if stages and hasattr(visual, "forward_intermediates") and (torch.compiler.is_compiling() or len(images)):
+def run_vision(visual: nn.Module, images: Tensor, stages: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """Patch tokens ``(B, L, C)`` after every tapped stage, counted from 1, and the image feature ``(B, D)``."""
+    if not torch.compiler.is_compiling() and not len(images):  # open_clip cannot reshape nothing
+        tokens, feature = run_vision(visual, images.new_zeros(1, *images.shape[1:]), stages)
+        return [stage[:0] for stage in tokens], feature[:0]
+    if not stages:
+        feature = visual(images)
+        return [], feature[0] if isinstance(feature, tuple) else feature  # CoCa's tower gives its tokens, too
+    if not hasattr(visual, "forward_intermediates"):  # open_clip 2
+        return _run_plain(visual, images, stages)
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
         indices = [stage - 1 for stage in stages]
-        output = visual.forward_intermediates(images, indices=indices, output_fmt="NLC", normalize_intermediates=False)
+        output = visual.forward_intermediates(images, indices, output_fmt="NLC", normalize_intermediates=False)
         return output["image_intermediates"], output["image_features"]
+    planes, feature = _run_stages(visual, images, stages)
+    return [plane.flatten(2).transpose(1, 2) for plane in planes], feature
+
+
+def _run_stages(visual: nn.Module, images: Tensor, stages: Sequence[int] | None) -> tuple[list[Tensor], Tensor]:
+    """Planes ``(B, C, h, w)`` of stages, ``None`` for all that there are, and the image feature ``(B, D)``."""
+    first = 0 if isinstance(visual, open_clip.model.ModifiedResNet) else 1  # index 0 is a ResNet's stem
+    indices = None if stages is None else [stage - first for stage in stages]
+    run: Any = visual
+    output = run.forward_intermediates(images, indices, output_fmt="NCHW", normalize_intermediates=False)
+    return output["image_intermediates"], output["image_features"]
+
+
+def _run_plain(tower: nn.Module, images: Tensor, stages: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    visual: Any = tower
     patches = visual.conv1(images).flatten(2).transpose(1, 2)
     class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
     stream = torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
@@ -116,7 +216,50 @@ def run_vision(
     return tokens, pooled @ visual.proj
 
 
-def run_text_blocks(text: open_clip.CLIP, embedded: Tensor, mask: Tensor | None) -> Tensor:
+def text_tower(model: nn.Module) -> nn.Module:
+    """What a model without its vision tower needs to encode text; its decoder is left out."""
+    clip: Any = model
+    clip.visual = None
+    if hasattr(clip, "text_decoder"):
+        clip.text_decoder = None
+    return model
+
+
+def encode_tokens(clip: nn.Module, tokens: Tensor) -> Tensor:
+    """Features ``(B, D)`` of tokens ``(B, L)``, not normalised: open_clip's own ``encode_text``."""
+    model: Any = clip
+    features: Tensor = model.encode_text(tokens, normalize=False)
+    return features
+
+
+def encode_cut_tokens(clip: nn.Module, tokens: Tensor) -> Tensor | None:
+    """The same of no more of the context than holds the end of every sentence, a third of the work or less.
+
+    ``None`` for a text tower that may look behind the end: one without causal mask, with a token of its own at the end,
+    or another than CLIP's. ``encode_tokens`` tells whether the features are the same.
+    """
+    text: Any = clip if isinstance(clip, open_clip.CLIP) else clip.text
+    kind = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+    is_plain = isinstance(text, (open_clip.CLIP, open_clip.transformer.TextTransformer))
+    if not is_plain or text.attn_mask is None or kind not in {"argmax", "eos"}:
+        return None
+    if getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
+        return None
+    end: Any = getattr(text, "text_eos_id", getattr(text, "eos_id", None))
+    # CLIP's own end token is the highest of all.
+    pooled_at = (tokens if kind == "argmax" else tokens.eq(end).int()).argmax(-1)
+    tokens = tokens[:, : int(pooled_at.max()) + 1]
+    length = tokens.shape[1]
+    embedded = text.token_embedding(tokens) + text.positional_embedding[:length]
+    stream = text.ln_final(_run_text_blocks(text, embedded, text.attn_mask[:length, :length]))
+    pooled: Tensor = stream[torch.arange(len(stream), device=stream.device), pooled_at]
+    projection: Tensor | nn.Linear | None = text.text_projection
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+
+def _run_text_blocks(text: open_clip.CLIP, embedded: Tensor, mask: Tensor) -> Tensor:
     """Embedded tokens ``(B, L, C)`` after all blocks of the text tower."""
     is_flipped = not hasattr(text.transformer, "batch_first")  # 2.24 wants (L, B, C)
     stream: Tensor = text.transformer(embedded.transpose(0, 1) if is_flipped else embedded, attn_mask=mask)

@@ -30,7 +30,10 @@ ADAPTERS_URL = f"https://raw.githubusercontent.com/ByChelsea/VAND-APRIL-GAN/{AUT
 # A company's mirror of the authors' adapter files goes here.
 ADAPTERS_URL_VARIABLE = "ANOMALIB_APRILGAN_ADAPTERS_URL"
 # Names under which repositories of open_clip models keep their weights, best first.
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class WeightsUnavailableError(FileNotFoundError):
@@ -80,9 +83,15 @@ def authors_adapters(name: str) -> Path:
 
 
 def image_statistics(backbone: str, pretrained: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Channel means and standard deviations a tag's weights were trained with; ``None`` for files and unknown tags."""
-    config = library.pretrained_config(backbone, pretrained)
-    return (tuple(config["mean"]), tuple(config["std"])) if config.get("mean") and config.get("std") else None
+    """Channel means and standard deviations that weights were trained with; ``None`` where that is not known.
+
+    Those of a file are taken to be what all published weights of the architecture have.
+    """
+    tags = [pretrained] if library.pretrained_config(backbone, pretrained) else library.pretrained_tags(backbone)
+    configs = [library.pretrained_config(backbone, tag) for tag in tags]
+    found = {(tuple(config.get("mean") or ()), tuple(config.get("std") or ())) for config in configs}
+    (mean, std) = found.pop() if len(found) == 1 else ((), ())
+    return (mean, std) if mean and std else None
 
 
 def find_pretrained(backbone: str, tag: str) -> Path:
@@ -99,13 +108,19 @@ def find_pretrained(backbone: str, tag: str) -> Path:
         tags = ", ".join(known) or "none: pass a file"
         msg = f"`pretrained` must be a weight file or a tag of {backbone} ({tags}), got {tag!r}."
         raise ValueError(msg)
-    return _find_published(config.get("url", ""), config.get("hf_hub", ""), f"`pretrained={tag!r}`", backbone)
+    argument, remedy = f"`pretrained={tag!r}`", "`pretrained=/path/to/file`"
+    return find_published(config.get("url", ""), config.get("hf_hub", ""), argument, backbone, remedy)
 
 
-def _find_published(url: str, hub: str, argument: str, backbone: str) -> Path:
-    """File in the Hugging Face cache (``hub``: ``"owner/name/"``, maybe with a file) or in open_clip's (``url``)."""
+def find_published(
+    url: str, hub: str, argument: str, backbone: str, remedy: str, names: Sequence[str] = CLIP_FILES
+) -> Path:
+    """File in the Hugging Face cache (``hub``: ``"owner/name/"``, maybe with a file) or in open_clip's (``url``).
+
+    It is fetched where it is missing; a WeightsUnavailableError says how else it can be given (``remedy``).
+    """
     repository, _, file_name = hub.rpartition("/")
-    hub_files = ((file_name,) if file_name else _HUB_FILES) if repository else ()
+    hub_files = ((file_name,) if file_name else names) if repository else ()
     for name in hub_files:
         cached = try_to_load_from_cache(repository, name)
         if isinstance(cached, str):
@@ -124,7 +139,7 @@ def _find_published(url: str, hub: str, argument: str, backbone: str) -> Path:
     places = [f"{repository}/{name} in the Hugging Face cache" for name in hub_files]
     looked = "; ".join([*places, f"{target}{damage}"] if url else places)
     hints = " ".join(clip.hint for clip in BUILT_IN_CLIPS.values())
-    remedy = f"Looked for: {looked}. Put the file there, or pass its path: `pretrained=/path/to/file`. {hints}"
+    remedy = f"Looked for: {looked}. Put the file there, or pass its path: {remedy}. {hints}"
     if is_offline():
         msg = f"{argument}: no weights of {backbone} on this machine and HF_HUB_OFFLINE is set. {remedy}"
         raise WeightsUnavailableError(msg)

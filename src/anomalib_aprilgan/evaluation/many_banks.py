@@ -36,10 +36,11 @@ def predict_banks(
     zero_shot = torch.stack([maps[:, 1] for maps in raw.stage_probabilities]).sum(dim=0)
     distances: list[Tensor] = []  # by stage ``(K, B, L)``: of the patches to every single reference
     if references.number(0):
+        remembered_by_stage = references.banks_of(references.features(0))
         with full_precision(images):
             distances = [
                 torch.stack([nearest_normal_distance(tokens.float(), [reference]) for reference in remembered])
-                for tokens, remembered in zip(references.tokens_of(output), references.features(0), strict=True)
+                for tokens, remembered in zip(references.tokens_of(images, output), remembered_by_stage, strict=True)
             ]
     size = (images.shape[-2], images.shape[-1])
 
@@ -48,7 +49,8 @@ def predict_banks(
         with full_precision(images):
             if bank:
                 nearest = [of_stage[list(bank)].amin(dim=0) for of_stage in distances]
-                maps = [distance_map(of_stage, references.grid, size) for of_stage in nearest]
+                by_stage = zip(nearest, references.shapes, strict=True)
+                maps = [distance_map(of_stage, shape.grid, size) for of_stage, shape in by_stage]
                 anomaly_map = zero_shot + torch.stack(maps).sum(dim=0)
             return smooth(anomaly_map, network.smoothing_sigma)
 

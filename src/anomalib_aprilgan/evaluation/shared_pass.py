@@ -12,6 +12,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ..building import build_scorer
 from ..clip.backbone import VisionOutput
 from ..data.pre_processing import prepared
 from ..data.references import References, ReferenceSource, read_reference, references_of_class
@@ -57,8 +58,11 @@ class SharedPass(AprilGAN):
         self.collection: Collection | None = None
         self.files_of_banks: list[list[str]] = []
         self._given = references
-        given = self.settings
-        self._bank = MemoryBank(given.architecture, given.memory_stages, given.neighbourhood)
+        bank = build_scorer(self.settings, self.pre_processor)
+        if not isinstance(bank, MemoryBank):
+            msg = f"`few_shot={self.settings.few_shot!r}` has no memory bank whose references could be shared."
+            raise TypeError(msg)
+        self._bank = bank
         self.model.few_shot = self._bank  # taps its stages
         self._banks: list[list[int]] = []
         self._text: list[Tensor] = []

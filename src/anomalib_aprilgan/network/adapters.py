@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 
 class LinearAdapters(nn.Module):
-    """A linear layer with bias per tapped stage, from vision width ``C`` to joint width ``D`` (arXiv:2305.17382)."""
+    """A linear layer with bias per tapped stage, from its width ``C`` to joint width ``D`` (arXiv:2305.17382)."""
 
-    def __init__(self, num_stages: int, width: int, embed_dim: int) -> None:
+    def __init__(self, widths: Sequence[int], embed_dim: int) -> None:
         super().__init__()
         # "fc" is the authors' name: the keys of their files are ours.
-        self.fc = nn.ModuleList(nn.Linear(width, embed_dim) for _ in range(num_stages))
+        self.fc = nn.ModuleList(nn.Linear(width, embed_dim) for width in widths)
 
     def forward(self, patch_tokens: Sequence[Tensor]) -> list[Tensor]:
         """Patch features ``(B, L, D)``, fp32 and not normalised, of tokens ``(B, L, C)`` of ascending stages."""

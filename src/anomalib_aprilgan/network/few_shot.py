@@ -59,10 +59,10 @@ class FewShotScorer(nn.Module, ABC):
     def number(self, row: int) -> int:
         """Number of images that are remembered of a class."""
         features = self.remembered[row].get_buffer("features")
-        return features.shape[1] if features.ndim > 1 else 0
+        return len(features) if features.ndim > 1 else 0
 
     def features(self, row: int) -> Tensor:
-        """What is remembered of a class, its second axis counting images; a RuntimeError if nothing is."""
+        """What is remembered of a class, its first axis counting images; a RuntimeError if nothing is."""
         if not self.number(row):
             msg = "The memory bank is empty: call `AprilGAN.setup` with `references` or a datamodule first."
             raise RuntimeError(msg)

@@ -14,7 +14,7 @@ from ..clip.backbone import ClipBackbone, VisionOutput
 from ..running import full_precision
 from .adapters import LinearAdapters
 from .few_shot import FewShotScorer
-from .scoring import smooth, text_logits, text_probability, text_probability_maps
+from .scoring import TEMPERATURE, smooth, text_logits, text_probability, text_probability_maps
 
 
 class RawPredictions(NamedTuple):
@@ -41,6 +41,7 @@ class AprilGANModel(nn.Module):
         stages: Tapped blocks of the zero-shot map, ascending, counted from 1.
         few_shot: Compares images with references; ``None`` for a zero-shot model.
         smoothing_sigma: Standard deviation in pixels of the Gaussian that maps are smoothed with; 0 for none.
+        temperature: What cosine similarities are multiplied with before the softmax; ``None`` for CLIP's own.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class AprilGANModel(nn.Module):
         stages: Sequence[int],
         few_shot: FewShotScorer | None = None,
         smoothing_sigma: float = 0.0,
+        temperature: float | None = TEMPERATURE,
     ) -> None:
         super().__init__()
         self.adapters, self.stages = adapters, tuple(stages)
-        self.few_shot, self.smoothing_sigma = few_shot, smoothing_sigma
+        self.few_shot, self.smoothing_sigma, self._temperature = few_shot, smoothing_sigma, temperature
         self.register_buffer("text_features", torch.empty(0))
         self.text_features: Tensor
         self._backbone: ClipBackbone | None = None
@@ -82,6 +84,11 @@ class AprilGANModel(nn.Module):
         self._backbone = backbone
 
     @property
+    def temperature(self) -> float:
+        """What cosine similarities are multiplied with. CLIP's own has a bias at times, which cancels in a softmax."""
+        return self.backbone.temperature if self._temperature is None else self._temperature
+
+    @property
     def map_limit(self) -> float:
         """Highest value that a map can be expected to take."""
         return len(self.stages) + (0.0 if self.few_shot is None else self.few_shot.map_limit)
@@ -102,7 +109,8 @@ class AprilGANModel(nn.Module):
 
     def of_row(self, row: int) -> AprilGANModel:
         """A network of one class alone, which shares all tensors with this one; without a text tower."""
-        one = AprilGANModel(self.adapters, self.stages, copy.copy(self.few_shot), self.smoothing_sigma)
+        few_shot = copy.copy(self.few_shot)
+        one = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature)
         one.text_features = self.text_features[row, None]
         one.attach_backbone(self.backbone.without_text())
         if one.few_shot is not None:
@@ -146,7 +154,7 @@ class AprilGANModel(nn.Module):
             if self.few_shot is not None and few_shot:
                 anomaly_map = anomaly_map + self.few_shot.distance_maps(images, output, rows, without)
             anomaly_map = smooth(anomaly_map, self.smoothing_sigma)
-            score = text_probability(output.image_feature.float(), text_features)
+            score = text_probability(output.image_feature.float(), text_features, self.temperature)
         return RawPredictions(score, anomaly_map, probabilities)
 
     def stage_probabilities(self, images: Tensor, rows: Tensor | None = None) -> list[Tensor]:
@@ -164,8 +172,11 @@ class AprilGANModel(nn.Module):
 
     def _stage_probabilities(self, images: Tensor, output: VisionOutput, text_features: Tensor) -> list[Tensor]:
         features = self.adapters([output.tokens_of(stage) for stage in self.stages])
-        grid, size = self.backbone.architecture.grid, (images.shape[-2], images.shape[-1])
-        return [text_probability_maps(text_logits(stage, text_features), grid, size) for stage in features]
+        shapes, size = self.backbone.architecture.shapes_of(self.stages), (images.shape[-2], images.shape[-1])
+        return [
+            text_probability_maps(text_logits(stage, text_features, self.temperature), shape.grid, size)
+            for stage, shape in zip(features, shapes, strict=True)
+        ]
 
     def _text_features_of(self, rows: Tensor | None) -> Tensor:
         """``(B, D, 2)``, or ``(D, 2)`` where every image is of the one class."""

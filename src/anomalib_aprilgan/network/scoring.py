@@ -13,21 +13,21 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur_image
 
-# The authors' constant (test.py); CLIP's learned logit_scale is not used.
+# The authors' constant (test.py), in place of CLIP's learned logit_scale.
 TEMPERATURE = 100.0
 
 
-def text_logits(features: Tensor, text_features: Tensor) -> Tensor:
-    """Logits ``(B, L, 2)`` in ``[-100, 100]``: scaled cosine similarity with the normal and the anomalous text.
+def text_logits(features: Tensor, text_features: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Logits ``(B, L, 2)``: cosine similarity with the normal and the anomalous text, times the temperature.
 
     Features ``(B, L, D)`` are normalised here; those of the texts, ``(B, D, 2)`` or ``(D, 2)``, have unit columns.
     """
-    return TEMPERATURE * F.normalize(features, dim=-1) @ text_features
+    return temperature * F.normalize(features, dim=-1) @ text_features
 
 
-def text_probability(image_feature: Tensor, text_features: Tensor) -> Tensor:
+def text_probability(image_feature: Tensor, text_features: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Zero-shot score ``(B,)`` in ``[0, 1]``: probability that images ``(B, D)``, of any length, show an anomaly."""
-    return text_logits(image_feature.unsqueeze(1), text_features).squeeze(1).softmax(dim=-1)[:, 1]
+    return text_logits(image_feature.unsqueeze(1), text_features, temperature).squeeze(1).softmax(dim=-1)[:, 1]
 
 
 def text_probability_maps(logits: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -12,9 +12,11 @@ from ..classes import Classes
 from ..clip.backbone import VisionOutput, load_clip
 from ..clip.hub import is_on_hub
 from ..clip.prompts import ALIASES
+from ..clip.vision_tower import load_tower
 from ..data.listing import class_name_of
 from ..data.pre_processing import describe, prepared
 from ..data.references import ReferenceSource, content_digests, read_reference, references_of_class
+from ..network.memory_bank import VisionMemoryBank
 from ..network.model import AprilGANModel
 from ..provenance import check_shapes, digest_of_adapters, load_resolved_adapters, resolve_adapters
 from ..recipe import Recipe, RowRecipes
@@ -29,6 +31,7 @@ _OBJECT = "object"
 
 def attach_clip(settings: Settings, made: Made, network: AprilGANModel, device: torch.device) -> None:
     """Give the network its CLIP; a ValueError where it is not that of the checkpoint that was loaded."""
+    _attach_tower(settings, made, network, device)
     if network.has_backbone:
         return
     backbone = load_clip(settings.architecture, settings.pretrained)
@@ -39,6 +42,23 @@ def attach_clip(settings: Settings, made: Made, network: AprilGANModel, device: 
         )
         raise ValueError(msg)
     network.attach_backbone(backbone.to(device))
+
+
+def _attach_tower(settings: Settings, made: Made, network: AprilGANModel, device: torch.device) -> None:
+    """Give the memory bank its vision tower, where it has one; a ValueError where it is not that of the checkpoint."""
+    bank, architecture = network.few_shot, settings.memory_tower
+    if architecture is None or not isinstance(bank, VisionMemoryBank):
+        return
+    tower = bank.tower or load_tower(architecture, settings.memory_pretrained)
+    if made.memory_tower not in {None, tower.digest}:
+        msg = (
+            f"`memory_pretrained`: the checkpoint's memory bank was made with weights {made.memory_tower}, "
+            f"{settings.memory_pretrained or architecture.name} has weights {tower.digest}."
+        )
+        raise ValueError(msg)
+    made.memory_tower = tower.digest
+    if bank.tower is None:
+        bank.attach_tower(tower.to(device))
 
 
 def load_adapters(place: Workplace) -> None:
@@ -157,8 +177,10 @@ def clip_recipe(place: Workplace) -> Recipe:
 
 
 def _bank_recipe(place: Workplace, references: Sequence[str] = ()) -> Recipe:
-    settings = place.settings
+    settings, tower = place.settings, place.settings.memory_tower
+    of_tower = {} if tower is None else {"tower": [tower.name, tower.image_size, place.made.memory_tower]}
     return Recipe.of(
+        **of_tower,
         clip=clip_recipe(place),
         image_size=settings.architecture.image_size,
         scorer=[settings.few_shot, settings.memory_stages, settings.neighbourhood],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -19,6 +20,7 @@ from ..network.model import AprilGANModel, RawPredictions
 from ..network.tiling import tile_positions
 from ..provenance import Provenance
 from ..recipe import Recipe, RowRecipes
+from ..running import datamodule_of, precision_of
 from ..settings import Settings
 
 
@@ -27,7 +29,8 @@ class Made:
     """What was made so far, and from what: by row for each class, and for all of them together.
 
     ``adapters`` is ``None`` for fresh ones and for those of a checkpoint. ``has_trained`` says that fresh ones were
-    trained here, or came with a checkpoint. ``clip`` is the digest of the CLIP that a checkpoint was made with.
+    trained here, or came with a checkpoint. ``clip`` is the digest of the CLIP that a checkpoint was made with,
+    ``memory_tower`` that of the memory bank's own tower.
     ``is_changing`` says that a thread is making things now.
     """
 
@@ -37,6 +40,7 @@ class Made:
     provenance: Provenance = field(default_factory=Provenance)
     has_trained: bool = False
     clip: str | None = None
+    memory_tower: str | None = None
     is_changing: bool = False
 
     @property
@@ -66,6 +70,24 @@ class Workplace:
     precision: str
     predict: Callable[[Tensor, Tensor | None, Collection[int], VisionOutput | None], RawPredictions]
     device: torch.device
+
+    @classmethod
+    def of(cls, model: Any, augmentations: Transform | None) -> Workplace:  # noqa: ANN401  # an AprilGAN, a layer above
+        """What an ``AprilGAN`` is made ready with now."""
+        post_processor = model.post_processor
+        return cls(
+            settings=model.settings,
+            made=model.made,
+            network=model.model,
+            own_fusion=model.own_fusion,
+            post_processor=post_processor if isinstance(post_processor, AprilGANPostProcessor) else None,
+            datamodule=datamodule_of(model),
+            pre_processor=model.pre_processor,
+            augmentations=augmentations,
+            precision=precision_of(model)[0],
+            predict=model.predict,
+            device=model.device,
+        )
 
     @property
     def fusion(self) -> ScoreFusion:

@@ -188,13 +188,13 @@ class Trainer:
     def _look(self, images: Tensor) -> VisionOutput:
         """A pass over whole pictures, or over windows with the positions of a window anywhere in the picture."""
         patch = self.clip.architecture.config["vision_cfg"]["patch_size"]
-        (rows, columns), shown = self.clip.architecture.grid, images.shape[-1] // patch
+        (rows, columns), shown = self.clip.architecture.shapes[0].grid, images.shape[-1] // patch
         table = self.clip.visual.positional_embedding
         top, left = int(self.choices.integers(rows - shown + 1)), int(self.choices.integers(columns - shown + 1))
         window = table[1:].unflatten(0, (rows, columns))[top : top + shown, left : left + shown].flatten(0, 1)
         weights = dict(self.clip.named_parameters()) | {"visual.positional_embedding": torch.cat([table[:1], window])}
         # The class token of the last block looks at what the block before it says, hence both.
-        depth = self.clip.architecture.depth
+        depth = len(self.clip.architecture.shapes)
         output: VisionOutput = functional_call(self.windowed[images.shape[-1]], weights, (images, [depth - 1, depth]))
         return output
 
@@ -261,7 +261,7 @@ def _initialise(clip: ClipBackbone, pictures: Pictures) -> None:
     The first layer whitens: raw patches are nearly all brightness, and a scratch is a thousandth
     of their variance. Positions are waves over rows and columns: neighbours know each other.
     """
-    visual, width = clip.visual, clip.architecture.width
+    visual, width = clip.visual, clip.architecture.shapes[0].width
     size = visual.conv1.kernel_size[0]
     some = np.linspace(0, len(pictures) - 1, 500).astype(np.int64)
     images = normalize(as_planes(pictures.bad[some], visual.proj.device), list(CLIP_MEAN), list(CLIP_STD))
@@ -270,7 +270,7 @@ def _initialise(clip: ClipBackbone, pictures: Pictures) -> None:
     filters = directions[:, -width:] / (variances[-width:] + _NOISE_VARIANCE).sqrt()
     visual.conv1.weight.zero_()
     visual.conv1.weight[: filters.shape[1]] = filters.T.unflatten(1, (3, size, size))
-    rows, columns = clip.architecture.grid
+    rows, columns = clip.architecture.shapes[0].grid
     quarter = width // 4
     frequencies = torch.exp(-math.log(100.0) * torch.arange(quarter) / quarter)
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()

@@ -8,6 +8,7 @@ context. Ratios are taken round by round, since a machine's speed drifts.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,16 +61,16 @@ def _vision_candidates(backbone: ClipBackbone, stages: Sequence[int], k_shot: in
     image = torch.randn(1, 3, *architecture.image_size, generator=generator)
     models = {}
     for shots in (0, k_shot):
-        adapters = LinearAdapters(len(stages), architecture.width, architecture.embed_dim)
+        adapters = LinearAdapters([shape.width for shape in architecture.shapes_of(stages)], architecture.embed_dim)
         bank = MemoryBank(architecture, stages) if shots else None
         model = AprilGANModel(adapters, stages, bank)
         model.attach_backbone(backbone)
         features = torch.randn(1, architecture.embed_dim, 2, generator=generator)
         model.set_rows(F.normalize(features, dim=1), [None])
         if bank is not None:
-            patches = architecture.grid[0] * architecture.grid[1]
-            tokens = torch.randn(len(stages), shots, patches, architecture.width, generator=generator)
-            bank.set_features(0, F.normalize(tokens, dim=-1))
+            sizes = [(shots, math.prod(shape.grid), shape.width) for shape in architecture.shapes_of(stages)]
+            tokens = [F.normalize(torch.randn(*size, generator=generator), dim=-1) for size in sizes]
+            bank.set_features(0, torch.cat([stage.flatten(1) for stage in tokens], dim=1))
         models[shots] = model.eval()
     return {
         "open_clip's vision tower": lambda: backbone.visual(image),
