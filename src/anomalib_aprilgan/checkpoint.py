@@ -211,12 +211,12 @@ def has_references(state_dict: Mapping[str, Tensor]) -> bool:
 def _settings_of(settings: Settings, *, few_shot: bool) -> dict[str, Any]:
     """What a checkpoint's tensors rest on: other settings would give other numbers without a word."""
     return {
+        "memory_backbone": None if settings.memory_tower is None else settings.memory_tower.name,
+        "memory_image_size": None if settings.memory_tower is None else list(settings.memory_tower.image_size),
         "stages": list(settings.stages),
         "memory_stages": list(settings.memory_stages),
         "quick_gelu": settings.architecture.quick_gelu,
         "image_size": list(settings.architecture.image_size),
         **{name: getattr(settings, name) for name in _EARLIER_SETTINGS if not name.startswith("memory_")},
-        "memory_backbone": None if settings.memory_tower is None else settings.memory_tower.name,
-        "memory_image_size": None if settings.memory_tower is None else list(settings.memory_tower.image_size),
         "tile_size": settings.tile_size if few_shot else None,  # banks remember tiles
     }

@@ -17,6 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
+from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan import command as command_line
 from anomalib_aprilgan.config_files import folder as config_folder
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.demo.drawn_clip import pretrain
@@ -89,6 +91,10 @@ def test_command(command: str, anomalib: Callable[..., str], work: Path, capsys:
         assert tool in CI or command in (ROOT / "README.md").read_text(encoding="utf-8")
     elif program == "anomalib-aprilgan-benchmark":
         assert read_plan(checked(read_arguments(arguments)).benchmark).cells()
+    elif program == "anomalib-aprilgan":
+        assert arguments[0] == "backbones"
+        command_line.main([*arguments, "ViT-B-32", "RN50"])
+        assert "2 of 2 architectures" in capsys.readouterr().out
     elif program == "python":
         assert arguments[:2] == ["-m", "anomalib_aprilgan.demo.drawn_clip.pretrain"]
         with pytest.raises(SystemExit) as ended:
@@ -143,5 +149,8 @@ def test_yaml(page: str, text: str, anomalib: Callable[..., str], work: Path) ->
     elif "benchmark" in content:
         plan = read_plan(checked(read_arguments([f"--config={config}"])).benchmark)
         assert len(plan.cells()) == 2 * (1 + 3 * 5)
+    elif "class_path" in content["model"]:
+        model = AprilGAN(**content["model"]["init_args"])
+        assert model.settings.stages in {(1, 2, 3, 4), (6, 12, 18, 24)}
     else:
         assert "grid" in content["model"]  # a part of a config of `anomalib benchmark`, run in test_cli.py

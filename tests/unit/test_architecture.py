@@ -16,7 +16,7 @@ LAYERS = [
     ("settings", "provenance", "migration", "exporting"),
     ("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "results"),
     ("lightning_model",),
-    ("plugin", "__init__", "demo", "evaluation"),
+    ("plugin", "__init__", "demo", "evaluation", "command"),
 ]
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

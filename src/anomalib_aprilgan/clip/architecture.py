@@ -56,8 +56,10 @@ class ClipArchitecture:
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @classmethod
-    def load(cls, backbone: str, image_size: tuple[int, int], quick_gelu: bool | None) -> ClipArchitecture:
+    def load(cls, backbone: str, image_size: tuple[int, int] | None, quick_gelu: bool | None) -> ClipArchitecture:
         """Architecture of an open_clip name or a model-config JSON, whose patches must tile the image.
+
+        Without an image size it is the one that the weights were trained at, or the largest below it that patches tile.
 
         The activation is decided here: open_clip picks QuickGELU or GELU differently by version and by tag. ``None``
         takes what the configuration says, with which the published adapters were trained (the authors' factory: GELU
@@ -66,17 +68,22 @@ class ClipArchitecture:
         config = _read_config(backbone)
         statistics = _read_statistics(config.pop(_PREPROCESSING, None))
         vision, text = (_part(config, name, backbone) for name in ("vision_cfg", "text_cfg"))
-        given = {key: value for key, value in vision.items() if value is not None}  # a ResNet's patch is null
+        given = {key: value for key, value in vision.items() if value is not None or key not in _USUAL}
         config["vision_cfg"], config["text_cfg"] = _USUAL | given, dict(text)
         _check_sizes(config, backbone)
         config["quick_gelu"] = config.get("quick_gelu", False) if quick_gelu is None else quick_gelu
         if not isinstance(config["quick_gelu"], bool):
             msg = f"`backbone`: quick_gelu of {backbone} must be true or false, got {shown(config['quick_gelu'])}."
             raise ValueError(msg)
-        found = cls(backbone, config, image_size, statistics)
+        native = config["vision_cfg"]["image_size"]
+        sides = (native, native) if isinstance(native, int) else (native[0], native[1])
+        found = cls(backbone, config, image_size or sides, statistics)
+        if image_size is None:
+            height, width = (side // found.stride * found.stride for side in sides)
+            found = cls(backbone, config, (height, width), statistics)
         found._check_image_size()
         if found.is_plain_vit:
-            config["vision_cfg"]["image_size"] = list(image_size)
+            config["vision_cfg"]["image_size"] = list(found.image_size)
         if not found.shapes:
             msg = f"`backbone`: the vision tower of {backbone} gives no grid of features to make a map of."
             raise ValueError(msg)
@@ -224,7 +231,8 @@ def _check_sizes(config: dict[str, Any], backbone: str) -> None:
             if not fits:
                 msg = f"`backbone`: {where} of {backbone} must be {of} from 1 to {most}, got {shown(value)}."
                 raise ValueError(msg)
-        if part.get("width", 0) % part.get("heads", part.get("head_width", 1)):
+        pooled = 32 if isinstance(part.get("layers"), (list, tuple)) else 1  # a ResNet's width times 32 is pooled
+        if pooled * part.get("width", 0) % part.get("heads", part.get("head_width", 1)):
             msg = f"`backbone`: {name}.width of {backbone} must be a multiple of the heads, got {part['width']}."
             raise ValueError(msg)
     _check_native_size(config["vision_cfg"]["image_size"], backbone)

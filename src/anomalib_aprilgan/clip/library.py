@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 try:
     from open_clip.convert import convert_state_dict
@@ -61,9 +64,14 @@ def build_clip(name: str, config: dict[str, Any]) -> nn.Module:
         config["text_cfg"]["hf_model_pretrained"] = False  # its weights are among those of the CLIP
     plain = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     build = open_clip.CoCa if "multimodal_cfg" in config else plain
-    with _told(name):
+    what = f"the configuration {config['text_cfg'].get('hf_model_name')!r}"
+    with _told(name), _fetched(what, "hf_model_name"):
         clip: nn.Module = build(**config)
     return clip
+
+
+class _SizeError(ValueError):
+    """A tower cannot take images of a size."""
 
 
 @contextmanager
@@ -71,10 +79,31 @@ def _told(name: str) -> Iterator[None]:
     """Turn whatever building a model raises into a ValueError: open_clip checks little of a configuration itself."""
     try:
         yield
+    except (FileNotFoundError, ImportError, _SizeError):
+        raise  # told already
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         msg = f"`backbone`: open_clip {version('open_clip_torch')} cannot build {name}: {reason[:400]}"
         raise ValueError(msg) from error
+
+
+@contextmanager
+def _fetched(what: str, key: str) -> Iterator[None]:
+    """Say what to do where transformers cannot have something of a text tower, or is missing itself."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if find_spec("transformers") is not None:
+            raise
+        msg = f"`backbone`: {what} needs the package transformers: pip install 'anomalib-aprilgan[huggingface]'."
+        raise ImportError(msg) from error
+    except OSError as error:
+        msg = (
+            f"`backbone`: {what} of this CLIP's text tower could not be had ({type(error).__name__}). It is neither a "
+            "folder nor in the Hugging Face cache of this machine, and was not fetched. Fetch it elsewhere with `hf "
+            f"download`, or name its folder as text_cfg.{key} in a model-config .json file that `backbone` names."
+        )
+        raise FileNotFoundError(msg) from error
 
 
 @lru_cache(maxsize=32)
@@ -86,16 +115,45 @@ def tap_shapes(name: str, config: str, image_size: tuple[int, int] | None) -> tu
     content = json.loads(config)
     with _told(name), torch.device("meta"), torch.no_grad():
         visual = _build_vision_tower(content["embed_dim"], content["vision_cfg"], content.get("quick_gelu", False))
-        if image_size is None:
-            side = content["vision_cfg"].get("image_size", 224)
-            image_size = (side, side) if isinstance(side, int) else tuple(side)
-        else:
-            resize_tower(visual, image_size)
-        planes = _run_stages(visual.eval(), torch.empty(1, 3, *image_size), None)[0]
+        if not hasattr(visual, "forward_intermediates"):
+            msg = "this vision tower needs open_clip_torch 3"
+            raise TypeError(msg)
+        if not hasattr(getattr(visual, "trunk", visual), "forward_intermediates"):
+            return ()
+        side = content["vision_cfg"]["image_size"]
+        native = (side, side) if isinstance(side, int) else tuple(side)
+        try:
+            if image_size is not None:
+                resize_tower(visual, image_size)
+            planes = _run_stages(visual.eval(), torch.empty(1, 3, *(image_size or native)), None)[0]
+        except Exception as error:
+            if image_size is None:
+                raise
+            msg = f"`image_size`: {name} cannot take images of {image_size[0]} x {image_size[1]} pixels ({error})."
+            raise _SizeError(msg) from error
     planes = planes[1:] if isinstance(visual, open_clip.model.ModifiedResNet) else planes  # its stem is no stage
     if any(plane.ndim != 4 for plane in planes):
         return ()
     return tuple(StageShape(plane.shape[1], (plane.shape[2], plane.shape[3])) for plane in planes)
+
+
+def vision_flops(name: str, config: dict[str, Any], image_size: tuple[int, int]) -> int:
+    """Floating-point operations of one image through the vision tower, found by running it without numbers."""
+    with _told(name), torch.device("meta"), torch.no_grad():
+        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+        if not isinstance(visual, open_clip.transformer.VisionTransformer):
+            resize_tower(visual, image_size)
+        visual.requires_grad_(requires_grad=False)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            visual.eval()(torch.empty(1, 3, *image_size))
+    return int(counter.get_total_flops())
+
+
+def count_parameters(name: str, config: dict[str, Any]) -> int:
+    """Number of parameters of both towers, without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_clip(name, config).parameters())
 
 
 def resize_tower(visual: nn.Module, image_size: tuple[int, int]) -> None:
@@ -136,15 +194,14 @@ def load_weights(clip: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 @lru_cache
-def tokenizer(
-    source: str | None, context_length: int, options: str
-) -> open_clip.SimpleTokenizer | open_clip.HFTokenizer:
+def tokenizer(source: str | None, context_length: int, options: str) -> open_clip.SimpleTokenizer | HFTokenizer:
     """CLIP's own tokenizer, or one of a folder or of the Hugging Face hub; its further options come as JSON.
 
-    An OSError says that it cannot be had, an ImportError that the package transformers is missing.
+    A FileNotFoundError says that it cannot be had, an ImportError that the package transformers is missing.
     """
     if source:
-        return open_clip.HFTokenizer(source, context_length=context_length, **json.loads(options))
+        with _fetched(f"the tokenizer {source!r}", "hf_tokenizer_name"):
+            return HFTokenizer(source, context_length=context_length, **json.loads(options))
     return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
 
 
@@ -156,7 +213,7 @@ def tokens_of(source: str | None, context_length: int, options: str, sentences: 
 
 
 def cut_words(
-    tokenize: open_clip.SimpleTokenizer | open_clip.HFTokenizer, sentences: Sequence[str], context_length: int
+    tokenize: open_clip.SimpleTokenizer | HFTokenizer, sentences: Sequence[str], context_length: int
 ) -> dict[str, str]:
     """Of sentences that are longer than the context, by sentence, the words that are cut off."""
     if not sentences:
@@ -190,11 +247,14 @@ def run_vision(visual: nn.Module, images: Tensor, stages: Sequence[int]) -> tupl
 
 def _run_stages(visual: nn.Module, images: Tensor, stages: Sequence[int] | None) -> tuple[list[Tensor], Tensor]:
     """Planes ``(B, C, h, w)`` of stages, ``None`` for all that there are, and the image feature ``(B, D)``."""
-    first = 0 if isinstance(visual, open_clip.model.ModifiedResNet) else 1  # index 0 is a ResNet's stem
-    indices = None if stages is None else [stage - first for stage in stages]
+    is_resnet = isinstance(visual, open_clip.model.ModifiedResNet)
+    indices = None if stages is None else [stage - 1 for stage in stages]
+    if is_resnet and stages is not None:  # its stem has the index 0, and it pools whatever stage it is asked for last
+        indices = [*stages, 4]
     run: Any = visual
     output = run.forward_intermediates(images, indices, output_fmt="NCHW", normalize_intermediates=False)
-    return output["image_intermediates"], output["image_features"]
+    planes: list[Tensor] = output["image_intermediates"]
+    return planes if stages is None else planes[: len(stages)], output["image_features"]
 
 
 def _run_plain(tower: nn.Module, images: Tensor, stages: Sequence[int]) -> tuple[list[Tensor], Tensor]:

@@ -51,8 +51,15 @@ class TowerArchitecture:
         """Width and grid of every stage that can be tapped, the first one first."""
         with torch.device("meta"):
             tower = _build(self.name).eval()
-            _resize(tower, self.image_size)
-            return _shapes(tower, self.image_size)
+            try:
+                _resize(tower, self.image_size)
+                return _shapes(tower, self.image_size)
+            except Exception as error:  # whatever a tower of timm says of a size
+                msg = (
+                    f"`memory_image_size`: {self.name} cannot take images of {self.image_size[0]} x "
+                    f"{self.image_size[1]} pixels ({shown(str(error))})."
+                )
+                raise ValueError(msg) from error
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     console.print("| | seconds | ratio | to |\n|---|---|---|---|")
     for candidates in (vision, text):
-        durations = _measure(candidates, options.rounds)
+        durations = measure(candidates, options.rounds)
         previous = ""
         for name, seconds in durations.items():
             ratio = [mine / other for mine, other in zip(seconds, durations.get(previous, seconds), strict=True)]
@@ -55,23 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             previous = name
 
 
+def random_model(backbone: ClipBackbone, stages: Sequence[int], k_shot: int) -> AprilGANModel:
+    """The model of one class with random adapters, text features and references."""
+    architecture, generator = backbone.architecture, torch.Generator().manual_seed(0)
+    shapes = architecture.shapes_of(stages)
+    adapters = LinearAdapters([shape.width for shape in shapes], architecture.embed_dim)
+    bank = MemoryBank(architecture, stages) if k_shot else None
+    model = AprilGANModel(adapters, stages, bank)
+    model.attach_backbone(backbone)
+    features = torch.randn(1, architecture.embed_dim, 2, generator=generator)
+    model.set_rows(F.normalize(features, dim=1), [None])
+    if bank is not None:
+        sizes = [(k_shot, math.prod(shape.grid), shape.width) for shape in shapes]
+        tokens = [F.normalize(torch.randn(*size, generator=generator), dim=-1) for size in sizes]
+        bank.set_features(0, torch.cat([stage.flatten(1) for stage in tokens], dim=1))
+    return model.eval()
+
+
 def _vision_candidates(backbone: ClipBackbone, stages: Sequence[int], k_shot: int) -> dict[str, Callable[[], object]]:
-    architecture = backbone.architecture
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *architecture.image_size, generator=generator)
-    models = {}
-    for shots in (0, k_shot):
-        adapters = LinearAdapters([shape.width for shape in architecture.shapes_of(stages)], architecture.embed_dim)
-        bank = MemoryBank(architecture, stages) if shots else None
-        model = AprilGANModel(adapters, stages, bank)
-        model.attach_backbone(backbone)
-        features = torch.randn(1, architecture.embed_dim, 2, generator=generator)
-        model.set_rows(F.normalize(features, dim=1), [None])
-        if bank is not None:
-            sizes = [(shots, math.prod(shape.grid), shape.width) for shape in architecture.shapes_of(stages)]
-            tokens = [F.normalize(torch.randn(*size, generator=generator), dim=-1) for size in sizes]
-            bank.set_features(0, torch.cat([stage.flatten(1) for stage in tokens], dim=1))
-        models[shots] = model.eval()
+    image = torch.randn(1, 3, *backbone.architecture.image_size, generator=torch.Generator().manual_seed(0))
+    models = {shots: random_model(backbone, stages, shots) for shots in (0, k_shot)}
     return {
         "open_clip's vision tower": lambda: backbone.visual(image),
         "zero-shot": lambda: models[0](image),
@@ -89,7 +92,8 @@ def _text_candidates(backbone: ClipBackbone) -> dict[str, Callable[[], object]]:
 
 
 @torch.no_grad()
-def _measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in every round, one after the other, after a round that is not counted."""
     durations: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(rounds + 1):
         for name, run in candidates.items():

@@ -1,0 +1,94 @@
+"""The command ``anomalib-aprilgan`` and its subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from .clip import library
+from .clip.catalogue import COLUMNS, Backbone, backbones
+
+_TITLES = {"image_size": "pixels", "embed_dim": "joint width", "parameters": "parameters (M)", "gflops": "GFLOPs"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command ``anomalib-aprilgan``."""
+    parser = argparse.ArgumentParser(prog="anomalib-aprilgan", description="Tools beside anomalib's own command.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listed = commands.add_parser("backbones", help="list the CLIPs that can be used", description=_about_backbones())
+    listed.add_argument("names", nargs="*", help="architectures of open_clip (default: all)")
+    listed.add_argument("--image_size", type=int, help="side in pixels that figures are of (default: each one's own)")
+    listed.add_argument("--sort", choices=COLUMNS, default="name", help="column to sort by, ascending")
+    listed.add_argument("--json", action="store_true", help="print JSON")
+    listed.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    given = parser.parse_args(arguments)
+    unknown = sorted(set(given.names) - set(library.model_names()))
+    if unknown:
+        parser.error(f"names must be architectures of open_clip, got {', '.join(unknown)}.")
+    if given.image_size is not None and given.image_size < 1:
+        parser.error(f"--image_size must be a side in pixels above 0, got {given.image_size}.")
+    _print_backbones(given)
+
+
+def _about_backbones() -> str:
+    return (
+        "List the CLIPs of open_clip: what `backbone` and `pretrained` take, and what each costs. GFLOPs are those of "
+        "one image through the vision tower, a multiplication with an addition counted as two. Nothing is downloaded."
+    )
+
+
+def _print_backbones(given: argparse.Namespace) -> None:
+    names = given.names or library.model_names()
+    progress = track(backbones(given.image_size, names), "Backbones", len(names), console=Console(stderr=True))
+    # Those without a figure come last.
+    found = sorted(progress, key=lambda one: (getattr(one, given.sort) is None, getattr(one, given.sort)))
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if given.json:
+        console.print(json.dumps([one.to_dict() for one in found], indent=1))
+    elif given.markdown:
+        console.print(markdown(found))
+    else:
+        table = Table(*(_TITLES.get(column, column) for column in COLUMNS), "weights", "refused")
+        for one in found:
+            table.add_row(*(_cell(one, column) for column in COLUMNS), ", ".join(one.weights) or "none", one.refused)
+        Console(highlight=False).print(table)
+        usable = [one for one in found if not one.refused]
+        console.print(f"{len(usable)} of {len(found)} architectures, {_weights(usable)} of {_weights(found)} weights")
+
+
+def markdown(found: Sequence[Backbone]) -> str:
+    """A Markdown table of backbones, with a line that counts them."""
+    columns = [_TITLES.get(column, column) for column in COLUMNS]
+    usable = [one for one in found if not one.refused]
+    lines = [
+        f"{len(usable)} of {len(found)} architectures and {_weights(usable)} of {_weights(found)} weights can be used.",
+        "",
+        f"| {' | '.join([*columns, 'weights'])} |",
+        f"|{'---|' * (len(columns) + 1)}",
+        *(
+            f"| {' | '.join([*(_cell(one, column) for column in COLUMNS), ', '.join(one.weights) or 'none'])} |"
+            for one in found
+        ),
+    ]
+    reasons: dict[str, list[str]] = {}
+    for one in found:
+        if one.refused:
+            reasons.setdefault(one.refused, []).append(one.name)
+    refused = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n".join([*lines, *(["", "Refused here:", "", *refused] if refused else [])])
+
+
+def _weights(found: Sequence[Backbone]) -> int:
+    return sum(len(one.weights) for one in found)
+
+
+def _cell(one: Backbone, column: str) -> str:
+    value = getattr(one, column)
+    if column == "image_size" and value is not None:
+        return str(value[0]) if value[0] == value[1] else f"{value[0]} x {value[1]}"
+    return "" if value is None else str(value)

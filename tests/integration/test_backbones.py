@@ -1,0 +1,92 @@
+"""Every architecture that open_clip lists is built and tapped, without numbers; the list of them, and its command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anomalib_aprilgan.clip import library
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.catalogue import Backbone, backbones
+from anomalib_aprilgan.command import main, markdown
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "backbones.md"
+# One of each kind of tower.
+SOME = ["ViT-B-32", "RN50x4", "coca_ViT-B-32", "ViT-B-16-SigLIP2", "MobileCLIP2-S0", "roberta-ViT-B-32"]
+
+
+@pytest.fixture(scope="module")
+def everything() -> list[Backbone]:
+    return list(backbones())
+
+
+@pytest.mark.slow
+class TestEverything:
+    def test_every_tower_is_tapped(self) -> None:
+        for name in library.model_names():
+            architecture = ClipArchitecture.load(name, None, None)
+            stages = architecture.check_stages("auto")
+            assert len(stages) == 4
+            assert stages[-1] == len(architecture.shapes)
+            for shape in architecture.shapes_of(stages):
+                assert shape.width > 0
+                assert min(shape.grid) >= 4
+
+    def test_most_can_be_used(self, everything: list[Backbone]) -> None:
+        usable = [one for one in everything if not one.refused]
+        assert len(everything) >= 144
+        assert len(usable) >= 130
+        assert sum(len(one.weights) for one in usable) >= 180
+        assert {one.refused.partition(" of ")[0] for one in everything} <= {"", "needs the configuration"}
+
+    def test_page_shows_what_the_command_prints(self, everything: list[Backbone]) -> None:
+        assert markdown(sorted(everything, key=lambda one: one.name)) in PAGE.read_text(encoding="utf-8")
+
+
+def test_figures_of_one_of_each_kind() -> None:
+    found = {one.name: one for one in backbones(names=SOME)}
+    vit = found["ViT-B-32"]
+    assert (vit.tower, vit.text, vit.image_size, vit.patch, vit.stages, vit.embed_dim) == (
+        "ViT", "CLIP's", [224, 224], 32, 12, 512
+    )  # fmt: skip
+    assert vit.parameters == 151.3  # of the published model
+    # 86 M weights of the blocks and the patch embedding, 50 tokens, two operations each, and attention.
+    assert vit.gflops == pytest.approx(8.8, abs=0.3)
+    assert vit.weights["openai"]
+    assert (found["RN50x4"].tower, found["RN50x4"].stages, found["RN50x4"].patch) == ("ResNet", 4, 32)
+    assert found["MobileCLIP2-S0"].tower == "fastvit_mci0"
+    assert found["ViT-B-16-SigLIP2"].text == "CLIP's, tokenizer timm/ViT-B-16-SigLIP2"
+    assert "roberta-base" in found["roberta-ViT-B-32"].refused
+    assert [one.name for one in found.values() if one.refused] == ["roberta-ViT-B-32"]
+    assert next(iter(backbones(320, ["ViT-B-32"]))).gflops > vit.gflops
+
+
+class TestCommand:
+    def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["backbones", "RN50", "ViT-B-32"])
+        printed = capsys.readouterr().out
+        assert "2 of 2 architectures" in printed
+        assert "RN50" in printed
+
+    def test_json_sorted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["backbones", "--json", "--sort", "gflops", "ViT-B-16", "ViT-B-32", "MobileCLIP2-S0"])
+        content = json.loads(capsys.readouterr().out)
+        assert [one["name"] for one in content] == ["MobileCLIP2-S0", "ViT-B-32", "ViT-B-16"]
+        assert content[1]["weights"]["openai"].startswith("timm/") or "openai" in content[1]["weights"]["openai"]
+
+    def test_a_size_that_patches_do_not_tile_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["backbones", "--json", "--image_size", "100", "ViT-B-32"])
+        (found,) = json.loads(capsys.readouterr().out)
+        assert "`image_size` must be a multiple of ViT-B-32's patch of 32 pixels" in found["refused"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [(["nobody"], "names must be"), (["--image_size", "0"], "above 0"), (["--sort", "age"], "invalid choice")],
+    )
+    def test_bad_use(self, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["backbones", *arguments])
+        assert ended.value.code == 2
+        assert text in capsys.readouterr().err
