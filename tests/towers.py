@@ -166,8 +166,10 @@ def write(family: str, folder: Path) -> Files:
     weights = random_weights(ClipArchitecture.load(str(path), (side, side), None), 0)
     generator = torch.Generator().manual_seed(1)
     for name, value in weights.items():
-        if value.is_floating_point() and (not value.any() or "running_var" in name or name.endswith("bn3.weight")):
-            value.copy_(torch.rand(value.shape, generator=generator) * 0.5 + 0.25)
+        if value.is_floating_point() and ("running_var" in name or name.endswith("bn3.weight")):
+            value.copy_(torch.rand(value.shape, generator=generator) * 0.5 + 0.75)
+        elif value.is_floating_point() and not value.any():
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
     save_file({name: value.clone().contiguous() for name, value in weights.items()}, folder / "clip.safetensors")
     return Files(path, folder / "clip.safetensors", image_size, config)
 
