@@ -219,6 +219,10 @@ class TestBadInput:
         ("name", "text"),
         [
             ("mixer_b16_224", r"`image_size`: .*no_clip.json cannot take images of 64 x 64 pixels"),
+            (
+                "hf-hub:somebody/model",
+                r"`backbone`: timm_model_name of .* must be a model of timm, got hf",
+            ),
             ("no_such_model", r"`backbone`: open_clip .* cannot build .*no_clip.json: RuntimeError: Unknown model"),
         ],
     )

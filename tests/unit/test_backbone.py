@@ -322,7 +322,7 @@ class TestFiles:
         assert image_statistics(str(small_clip.gelu), str(small_clip.weights)) is None
 
     def test_statistics_of_a_file_are_those_of_all_published_weights(self) -> None:
-        assert image_statistics("ViT-B-16-SigLIP2", "weights.safetensors") == ((0.5,) * 3, (0.5,) * 3)
+        assert image_statistics("ViT-B-16-SigLIP", "weights.safetensors") == ((0.5,) * 3, (0.5,) * 3)
 
     def test_statistics_of_a_tag(self) -> None:
         mean, std = image_statistics("ViT-L-14-336", "openai")

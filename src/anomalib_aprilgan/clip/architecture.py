@@ -70,6 +70,10 @@ class ClipArchitecture:
         vision, text = (_part(config, name, backbone) for name in ("vision_cfg", "text_cfg"))
         given = {key: value for key, value in vision.items() if value is not None or key not in _USUAL}
         config["vision_cfg"], config["text_cfg"] = _USUAL | given, dict(text)
+        config["vision_cfg"].pop("timm_model_pretrained", None)  # weights are those of `pretrained`
+        if ":" in str(given.get("timm_model_name", "")):
+            msg = f"`backbone`: timm_model_name of {backbone} must be a model of timm, got {given['timm_model_name']}."
+            raise ValueError(msg)
         _check_sizes(config, backbone)
         config["quick_gelu"] = config.get("quick_gelu", False) if quick_gelu is None else quick_gelu
         if not isinstance(config["quick_gelu"], bool):
