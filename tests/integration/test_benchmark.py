@@ -479,6 +479,7 @@ def write_folders(root: Path, sizes: dict[str, int]) -> list[dict[str, Any]]:
     return entries
 
 
+@pytest.mark.thorough
 def test_any_data_and_any_model_in_one_table(
     configure: Configure, drawn: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -700,6 +701,7 @@ def test_large_models_of_anomalib(configure: Configure, drawn: dict[str, Any], n
     assert table.pixel_auroc.between(0, 1).all()
 
 
+@pytest.mark.thorough
 def test_the_data_sets_of_anomalib_are_rows_ready_to_run(tmp_path: Path) -> None:
     root, results = tmp_path / "data", tmp_path / "results"
     layouts = write_data_sets(root)

@@ -187,6 +187,7 @@ def test_benchmark_of_anomalib_runs_the_model_beside_patchcore(anomalib: Run, tm
     assert all(0.0 <= float(row[name]) <= 1.0 for row in rows for name in ("image_F1Score", "pixel_F1Score"))
 
 
+@pytest.mark.thorough
 def test_class_path_without_the_hook(tmp_path: Path, model_arguments: list[str]) -> None:
     arguments = ["--model=anomalib_aprilgan.AprilGAN", *model_arguments[1:]]
     environment = {**os.environ, "ANOMALIB_APRILGAN_NO_AUTOLOAD": "1"}

@@ -111,6 +111,7 @@ def test_built_in_model_detects_what_it_never_saw(anomalib: Run) -> None:
     assert float(line.split("│")[2]) > 0.7
 
 
+@pytest.mark.thorough
 def test_training_of_the_built_in_adapters_writes_what_is_shipped(anomalib: Run, tmp_path: Path) -> None:
     """All categories and kinds of defects of the recipe, a twelfth of the images: drawing takes the time."""
     recipe = config_files.path_of("train/built_in").read_text()

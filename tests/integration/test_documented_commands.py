@@ -41,7 +41,7 @@ BUILT_IN = [
     f"--model.stages={list(built_in.STAGES)}",
     f"--model.memory_stages={list(built_in.MEMORY_STAGES)}",
 ]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:

@@ -100,6 +100,7 @@ def test_export_at_a_fixed_size_keeps_the_batch_open(april_gan: Callable[..., Ap
     assert np.abs(run_onnx(images.numpy())["anomaly_map"] - expected.anomaly_map.numpy()).max() < MAPS_FROM_FILES
 
 
+@pytest.mark.thorough
 def test_options_are_exported(
     april_gan: Callable[..., AprilGAN], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

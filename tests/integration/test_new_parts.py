@@ -194,6 +194,7 @@ def test_new_parts_in_checkpoints(april_gan: Build, tmp_path: Path, new: New) ->
         engine(tmp_path / "c").predict(published, data_path=NEW, ckpt_path=tmp_path / "new.ckpt")
 
 
+@pytest.mark.thorough
 def test_new_parts_in_exports(april_gan: Build, tmp_path: Path) -> None:
     model = april_gan(k_shot=2, score_fusion="more_certain", few_shot="texture", visualizer=False)
     engine(tmp_path).test(model, datamodule=category("bottle"), verbose=False)

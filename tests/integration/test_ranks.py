@@ -15,6 +15,7 @@ from . import two_ranks
 from .two_ranks import CASES, CATEGORIES, evaluate
 
 
+@pytest.mark.thorough
 def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None:
     arguments = {
         "backbone": str(small_clip.quick_gelu),

@@ -106,12 +106,13 @@ def test_references_are_remembered_in_tiles_and_held_out_image_by_image(april_ga
     ]
     tokens = single.model.encode(torch.cat(cut)).patch_tokens
     features = tiled.model.few_shot.features(0)
-    torch.testing.assert_close(features, F.normalize(torch.stack(tokens), dim=-1), atol=1e-5, rtol=0)
+    expected = torch.cat([F.normalize(stage, dim=-1).flatten(1) for stage in tokens], dim=1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
     of_each = len(cut) // 2
     assert of_each > 1  # 96 px in tiles of 64
     # Held out are all tiles of an image; it is inspected as any other, in overlapping tiles.
     highest = []
-    for image, others in zip(images, (features[:, of_each:], features[:, :of_each]), strict=True):
+    for image, others in zip(images, (features[of_each:], features[:of_each]), strict=True):
         single.model.few_shot.set_features(0, others)
         with torch.no_grad():
             highest.append(blended(single, image, 64, 0.25)[0].amax().item())

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from anomalib_aprilgan import AprilGAN, training
-from anomalib_aprilgan.clip import library
+from anomalib_aprilgan.clip import library, library_text
 from anomalib_aprilgan.clip.architecture import ClipArchitecture
 from anomalib_aprilgan.clip.backbone import load_clip
 
@@ -79,14 +79,14 @@ class TestFeatures:
     def test_texts_are_those_of_open_clip_with_and_without_the_cut(self, family: tuple[str, Files]) -> None:
         name, files = family
         clip = load_clip(ClipArchitecture.load(str(files.backbone), native_size(files), None), str(files.weights))
-        tokens = library.tokens_of(*clip._tokenizing, tuple(SENTENCES))
+        tokens = library_text.tokens_of(*clip._tokenizing, tuple(SENTENCES))
         with torch.no_grad():
             expected = open_clips_own(files).encode_text(tokens, normalize=False)
             for cut_context in (True, False):
                 found = clip.encode_text(SENTENCES, cut_context=cut_context)
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(F.normalize(expected[0], dim=0), F.normalize(expected[1], dim=0), atol=1e-3)
-        cut = library.encode_cut_tokens(clip.text, tokens)
+        cut = library_text.encode_cut_tokens(clip.text, tokens)
         assert (cut is not None) is (name in CUT)
 
     def test_a_cut_that_changes_features_is_not_taken(
@@ -95,8 +95,8 @@ class TestFeatures:
         _, files = family
         clip = load_clip(ClipArchitecture.load(str(files.backbone), native_size(files), None), str(files.weights))
         whole = clip.encode_text(SENTENCES, cut_context=False)
-        encode = library.encode_tokens
-        monkeypatch.setattr(library, "encode_cut_tokens", lambda text, tokens: 1.01 * encode(text, tokens))
+        encode = library_text.encode_tokens
+        monkeypatch.setattr(library_text, "encode_cut_tokens", lambda text, tokens: 1.01 * encode(text, tokens))
         torch.testing.assert_close(clip.encode_text(SENTENCES), whole)
 
     def test_temperature_is_the_logit_scale(self, family: tuple[str, Files], tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ class TestFeatures:
         assert clip.temperature == pytest.approx(float(torch.tensor(2.0).exp()))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 class TestModel:
     """Adapters are trained for two steps, then images inspected without and with references, saved and exported."""
 
@@ -261,8 +261,8 @@ class TestBadInput:
         files = write("siglip", tmp_path)
         monkeypatch.setitem(sys.modules, "transformers", None)
         monkeypatch.setattr(library, "find_spec", lambda _: None)
-        library.tokenizer.cache_clear()
-        library.tokens_of.cache_clear()
+        library_text.tokenizer.cache_clear()
+        library_text.tokens_of.cache_clear()
         model = AprilGAN(str(files.backbone), str(files.weights), image_size=64, adapters=None, class_name="nut")
         with pytest.raises(ImportError, match=r"needs the package transformers: .*anomalib-aprilgan\[huggingface\]"):
             model.setup("predict")

@@ -49,7 +49,13 @@ def arguments(weights: Path) -> dict[str, Any]:
     return references | {"memory_backbone": SMALL, "memory_pretrained": str(weights)}
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch14_dinov2.lvd142m",
+        pytest.param("vit_small_patch14_reg4_dinov2.lvd142m", marks=pytest.mark.thorough),
+    ],
+)
 def test_distances_are_those_of_anomaly_dino(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = weights_of(name, tmp_path / "dino.safetensors")
     create = timm.create_model
@@ -99,6 +105,7 @@ def test_images_come_at_its_own_size_and_with_its_own_statistics(weights: Path) 
 
 
 class TestModel:
+    @pytest.mark.thorough
     def test_from_engine_to_exports(self, april_gan: Build, arguments: dict[str, Any], tmp_path: Path) -> None:
         model = april_gan(**arguments)
         assert model.settings.memory_stages == (12,)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..files import is_file
 from ..recipe import digest_of_tensors
-from . import library
+from . import library, library_text
 from .architecture import ClipArchitecture
 from .state_dict import read_state_dict
 from .weights import find_pretrained
@@ -72,7 +72,7 @@ class ClipBackbone(nn.Module):
         self._projection_digest = hashlib.sha256(projection.numpy().tobytes()).hexdigest()[:16]
         self.temperature = float(clip.logit_scale.exp())
         self.visual: Any = clip.visual
-        self.text: Any | None = library.text_tower(clip)
+        self.text: Any | None = library_text.text_tower(clip)
         self._cuts_exactly: bool | None = None
         self.requires_grad_(requires_grad=False)
         self.train(mode=False)
@@ -125,17 +125,20 @@ class ClipBackbone(nn.Module):
         if self.text is None:
             msg = "This backbone carries no text tower (an exported model): class names cannot be encoded any more."
             raise RuntimeError(msg)
-        tokens = library.tokens_of(*self._tokenizing, tuple(sentences)).to(next(self.text.parameters()).device)
+        tokens = library_text.tokens_of(*self._tokenizing, tuple(sentences)).to(next(self.text.parameters()).device)
         if cut_context and self._cut_is_exact(tokens[:1]):
-            cut = library.encode_cut_tokens(self.text, tokens)
+            cut = library_text.encode_cut_tokens(self.text, tokens)
             if cut is not None:
                 return cut.float()
-        return library.encode_tokens(self.text, tokens).float()
+        return library_text.encode_tokens(self.text, tokens).float()
 
     def _cut_is_exact(self, tokens: Tensor) -> bool:
         """Whether a sentence gets open_clip's features also without what is behind its end; asked once."""
         if self._cuts_exactly is None and self.text is not None and len(tokens):
-            cut, whole = library.encode_cut_tokens(self.text, tokens), library.encode_tokens(self.text, tokens)
+            cut, whole = (
+                library_text.encode_cut_tokens(self.text, tokens),
+                library_text.encode_tokens(self.text, tokens),
+            )
             rounding = 1000 * torch.finfo(whole.dtype).eps * whole.abs().max()
             self._cuts_exactly = cut is not None and bool((cut - whole).abs().max() <= rounding)
         return bool(self._cuts_exactly)
@@ -150,15 +153,17 @@ class ClipBackbone(nn.Module):
         return config.get("hf_tokenizer_name"), config.get("context_length", 77), json.dumps(options)
 
     def _check_length(self, normal: list[str], anomalous: list[str]) -> None:
-        tokens = [library.tokens_of(*self._tokenizing, tuple(sentences)) for sentences in (normal, anomalous)]
-        padding = int(library.tokens_of(*self._tokenizing, ("",))[0, -1])  # the context of each sentence ends in it
+        tokens = [library_text.tokens_of(*self._tokenizing, tuple(sentences)) for sentences in (normal, anomalous)]
+        padding = int(
+            library_text.tokens_of(*self._tokenizing, ("",))[0, -1]
+        )  # the context of each sentence ends in it
         ends = torch.cat(tokens)[:, -1].tolist()
         full = [sentence for sentence, end in zip([*normal, *anomalous], ends, strict=True) if end != padding]
         if not full:
             return
         good, bad = ({tuple(row) for row in part.tolist()} for part in tokens)
         context = tokens[0].shape[1]
-        cut = library.cut_words(library.tokenizer(*self._tokenizing), full, context)
+        cut = library_text.cut_words(library_text.tokenizer(*self._tokenizing), full, context)
         if not cut:
             return
         longest = max(cut, key=lambda sentence: len(cut[sentence]))

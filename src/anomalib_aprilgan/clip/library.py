@@ -1,4 +1,4 @@
-"""What this package needs of open_clip (2.24 to 3.x), as plain functions; no other module imports it."""
+"""What this package needs of open_clip's models (2.24 to 3.x), as plain functions; text is in ``library_text``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict, resize_pos_embed
-from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +64,7 @@ def build_clip(name: str, config: dict[str, Any]) -> nn.Module:
     plain = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     build = open_clip.CoCa if "multimodal_cfg" in config else plain
     what = f"the configuration {config['text_cfg'].get('hf_model_name')!r}"
-    with _told(name), _fetched(what, "hf_model_name"):
+    with _told(name), fetched(what, "hf_model_name"):
         clip: nn.Module = build(**config)
     return clip
 
@@ -88,7 +87,7 @@ def _told(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _fetched(what: str, key: str) -> Iterator[None]:
+def fetched(what: str, key: str) -> Iterator[None]:
     """Say what to do where transformers cannot have something of a text tower, or is missing itself."""
     try:
         yield
@@ -193,40 +192,6 @@ def load_weights(clip: nn.Module, state_dict: dict[str, Tensor]) -> None:
     clip.load_state_dict(resized)
 
 
-@lru_cache
-def tokenizer(source: str | None, context_length: int, options: str) -> open_clip.SimpleTokenizer | HFTokenizer:
-    """CLIP's own tokenizer, or one of a folder or of the Hugging Face hub; its further options come as JSON.
-
-    A FileNotFoundError says that it cannot be had, an ImportError that the package transformers is missing.
-    """
-    if source:
-        with _fetched(f"the tokenizer {source!r}", "hf_tokenizer_name"):
-            return HFTokenizer(source, context_length=context_length, **json.loads(options))
-    return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
-
-
-@lru_cache(maxsize=32)  # the sentences of a class, of every model of it
-def tokens_of(source: str | None, context_length: int, options: str, sentences: tuple[str, ...]) -> Tensor:
-    """Tokens ``(len(sentences), context_length)`` of ``tokenizer``, not to be changed."""
-    tokens: Tensor = tokenizer(source, context_length, options)(list(sentences))
-    return tokens
-
-
-def cut_words(
-    tokenize: open_clip.SimpleTokenizer | HFTokenizer, sentences: Sequence[str], context_length: int
-) -> dict[str, str]:
-    """Of sentences that are longer than the context, by sentence, the words that are cut off."""
-    if not sentences:
-        return {}
-    decode = getattr(tokenize, "tokenizer", tokenize).decode
-    cut = {}
-    for sentence, row in zip(sentences, tokenize(list(sentences), context_length=16 * context_length), strict=True):
-        tokens = row[: int((row != row[-1]).nonzero().max()) + 1].tolist()  # it ends in padding
-        if len(tokens) > context_length:  # whose last place is the end token's
-            cut[sentence] = decode(tokens[context_length - 1 : -1]).strip()
-    return cut
-
-
 def run_vision(visual: nn.Module, images: Tensor, stages: Sequence[int]) -> tuple[list[Tensor], Tensor]:
     """Patch tokens ``(B, L, C)`` after every tapped stage, counted from 1, and the image feature ``(B, D)``."""
     if not torch.compiler.is_compiling() and not len(images):  # open_clip cannot reshape nothing
@@ -274,53 +239,3 @@ def _run_plain(tower: nn.Module, images: Tensor, stages: Sequence[int]) -> tuple
     pool = visual._global_pool  # noqa: SLF001  # what its own forward calls
     pooled = visual.ln_post(pool(stream)[0]) if visual.final_ln_after_pool else pool(visual.ln_post(stream))[0]
     return tokens, pooled @ visual.proj
-
-
-def text_tower(model: nn.Module) -> nn.Module:
-    """What a model without its vision tower needs to encode text; its decoder is left out."""
-    clip: Any = model
-    clip.visual = None
-    if hasattr(clip, "text_decoder"):
-        clip.text_decoder = None
-    return model
-
-
-def encode_tokens(clip: nn.Module, tokens: Tensor) -> Tensor:
-    """Features ``(B, D)`` of tokens ``(B, L)``, not normalised: open_clip's own ``encode_text``."""
-    model: Any = clip
-    features: Tensor = model.encode_text(tokens, normalize=False)
-    return features
-
-
-def encode_cut_tokens(clip: nn.Module, tokens: Tensor) -> Tensor | None:
-    """The same of no more of the context than holds the end of every sentence, a third of the work or less.
-
-    ``None`` for a text tower that may look behind the end: one without causal mask, with a token of its own at the end,
-    or another than CLIP's. ``encode_tokens`` tells whether the features are the same.
-    """
-    text: Any = clip if isinstance(clip, open_clip.CLIP) else clip.text
-    kind = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-    is_plain = isinstance(text, (open_clip.CLIP, open_clip.transformer.TextTransformer))
-    if not is_plain or text.attn_mask is None or kind not in {"argmax", "eos"}:
-        return None
-    if getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
-        return None
-    end: Any = getattr(text, "text_eos_id", getattr(text, "eos_id", None))
-    # CLIP's own end token is the highest of all.
-    pooled_at = (tokens if kind == "argmax" else tokens.eq(end).int()).argmax(-1)
-    tokens = tokens[:, : int(pooled_at.max()) + 1]
-    length = tokens.shape[1]
-    embedded = text.token_embedding(tokens) + text.positional_embedding[:length]
-    stream = text.ln_final(_run_text_blocks(text, embedded, text.attn_mask[:length, :length]))
-    pooled: Tensor = stream[torch.arange(len(stream), device=stream.device), pooled_at]
-    projection: Tensor | nn.Linear | None = text.text_projection
-    if projection is None:
-        return pooled
-    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-
-
-def _run_text_blocks(text: open_clip.CLIP, embedded: Tensor, mask: Tensor) -> Tensor:
-    """Embedded tokens ``(B, L, C)`` after all blocks of the text tower."""
-    is_flipped = not hasattr(text.transformer, "batch_first")  # 2.24 wants (L, B, C)
-    stream: Tensor = text.transformer(embedded.transpose(0, 1) if is_flipped else embedded, attn_mask=mask)
-    return stream.transpose(0, 1) if is_flipped else stream
