@@ -20,6 +20,7 @@ from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.clip.backbone import VisionOutput
 from anomalib_aprilgan.clip.vision_tower import TowerArchitecture, load_tower
 from anomalib_aprilgan.data.pre_processing import CLIP_MEAN, CLIP_STD
+from anomalib_aprilgan.evaluation.many_banks import predict_banks
 from anomalib_aprilgan.network.memory_bank import VisionMemoryBank
 from anomalib_aprilgan.network.scoring import nearest_normal_distance
 
@@ -131,6 +132,28 @@ class TestModel:
         by_onnx = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
         assert np.abs(by_onnx["anomaly_map"] - expected).max() < 1e-4
         assert np.abs(compiled(images.numpy())["anomaly_map"] - expected).max() < 1e-4
+
+    def test_many_banks_from_one_pass_equal_predictions_one_by_one(
+        self, april_gan: Build, arguments: dict[str, Any]
+    ) -> None:
+        model = april_gan(**arguments | {"k_shot": 3, "memory_stages": [6, 12], "memory_image_size": 64})
+        model.setup("predict")
+        network, images = model.model, torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+        banks = [[], [2], [2, 0]]
+        _, maps = predict_banks(network, network.few_shot, images, banks)
+        for bank, found in zip(banks, maps, strict=True):
+            with torch.no_grad():
+                alone = network.predict(images, without={0, 1, 2} - set(bank), few_shot=bool(bank))
+            torch.testing.assert_close(found, alone.anomaly_map, atol=1e-6, rtol=0)
+
+    def test_half_precision(self, april_gan: Build, arguments: dict[str, Any]) -> None:
+        model = april_gan(**arguments)
+        model.setup("predict")
+        images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = model.model.predict(images)
+            found = model.model.bfloat16().predict(images)
+        torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, atol=0.1, rtol=0)
 
     def test_a_bank_of_another_tower_is_refused(
         self, april_gan: Build, arguments: dict[str, Any], tmp_path: Path

@@ -110,11 +110,7 @@ class VisionMemoryBank(MemoryBank):
     ) -> None:
         super().__init__(architecture, stages, neighbourhood)
         self.taps, self.stages = self.stages, ()  # none of CLIP's
-        self.architecture, self.tower = architecture, None
-        for name, (mean, std) in (("given", statistics), ("wanted", architecture.statistics)):
-            for kind, values in (("mean", mean), ("std", std)):
-                numbers = torch.tensor(values).view(3, 1, 1)
-                self.register_buffer(f"_{name}_{kind}", numbers, persistent=False)
+        self.architecture, self.tower, self._statistics = architecture, None, statistics
 
     tower: VisionTower | None
 
@@ -127,12 +123,13 @@ class VisionMemoryBank(MemoryBank):
         if self.tower is None:
             msg = "The memory bank has no vision tower yet: call `AprilGAN.setup('predict')` first."
             raise RuntimeError(msg)
-        given, wanted = self._statistics("given"), self._statistics("wanted")
-        pixels = images.float() * given[1] + given[0]
+        # In fp32 also where a model is converted, hence no buffers.
+        (mean, std), (own_mean, own_std) = (
+            [torch.tensor(values, device=images.device).view(3, 1, 1) for values in statistics]
+            for statistics in (self._statistics, self.architecture.statistics)
+        )
+        pixels = images.float() * std + mean
         if tuple(images.shape[-2:]) != self.architecture.image_size:
             pixels = resize_image(pixels, self.architecture.image_size)
-        tokens: list[Tensor] = self.tower((pixels - wanted[0]) / wanted[1], self.taps)
+        tokens: list[Tensor] = self.tower((pixels - own_mean) / own_std, self.taps)
         return tokens
-
-    def _statistics(self, of: str) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(f"_{of}_mean"), self.get_buffer(f"_{of}_std")
