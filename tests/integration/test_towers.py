@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -256,6 +257,28 @@ class TestBadInput:
         model = AprilGAN(str(files.backbone), str(files.weights), image_size=64, adapters=None, class_name="nut")
         with pytest.raises(FileNotFoundError, match=r"'.*nowhere'.*could not be had.*text_cfg.hf_tokenizer_name"):
             model.setup("predict")
+
+    @pytest.mark.parametrize("part", ["tokenizer", "text"])
+    def test_no_code_of_a_folder_is_run(self, tmp_path: Path, part: str) -> None:
+        files = write("roberta", tmp_path)
+        (tmp_path / part / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        name = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+        content = json.loads((tmp_path / part / name).read_text())
+        content |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}}
+        content |= {"tokenizer_class": "Evil"} if part == "tokenizer" else {"model_type": "evil"}
+        (tmp_path / part / name).write_text(json.dumps(content))
+        model = AprilGAN(str(files.backbone), str(files.weights), image_size=64, adapters=None, class_name="nut")
+        with contextlib.suppress(ValueError, FileNotFoundError):  # or it is read without the code
+            model.setup("predict")
+        assert not (tmp_path / "ran").exists()
+
+    def test_code_cannot_be_asked_for(self, tmp_path: Path) -> None:
+        files = write("siglip", tmp_path)
+        config = json.loads(files.backbone.read_text())
+        config["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+        files.backbone.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"`backbone`: tokenizer_kwargs of .* keys out of clean, .*trust_remote"):
+            AprilGAN(str(files.backbone), str(files.weights), image_size=64)
 
     def test_without_transformers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         files = write("siglip", tmp_path)

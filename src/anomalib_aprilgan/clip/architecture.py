@@ -36,6 +36,7 @@ _MOST = {
 _USUAL = {"layers": 12, "width": 768, "patch_size": 16, "image_size": 224}
 # Pixels between the cells of a ResNet's last stage; its stages.
 _RESNET_STRIDE, _RESNET_LAYERS = 32, (1, 2, 3, 4)
+_TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
 # Where files on model hubs say how images are prepared.
 _PREPROCESSING = "preprocess_cfg"
 # By name of the architecture; filled when the package is imported.
@@ -74,6 +75,7 @@ class ClipArchitecture:
         if ":" in str(given.get("timm_model_name", "")):
             msg = f"`backbone`: timm_model_name of {backbone} must be a model of timm, got {given['timm_model_name']}."
             raise ValueError(msg)
+        _check_tokenizer(config["text_cfg"], backbone)
         _check_sizes(config, backbone)
         config["quick_gelu"] = config.get("quick_gelu", False) if quick_gelu is None else quick_gelu
         if not isinstance(config["quick_gelu"], bool):
@@ -219,6 +221,15 @@ def _part(config: dict[str, Any], name: str, backbone: str) -> dict[str, Any]:
         msg = f"`backbone`: {name} of {backbone} must be a mapping, got {shown(part)}."
         raise ValueError(msg)
     return part
+
+
+def _check_tokenizer(text: dict[str, Any], backbone: str) -> None:
+    """Raise a ValueError for options of a tokenizer that open_clip's configurations have not, such as code to run."""
+    options = text.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or not set(options) <= _TOKENIZER_OPTIONS:
+        known = ", ".join(sorted(_TOKENIZER_OPTIONS))
+        msg = f"`backbone`: tokenizer_kwargs of {backbone} must have keys out of {known}, got {shown(options)}."
+        raise ValueError(msg)
 
 
 def _check_sizes(config: dict[str, Any], backbone: str) -> None:

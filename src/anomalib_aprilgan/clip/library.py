@@ -65,8 +65,17 @@ def build_clip(name: str, config: dict[str, Any]) -> nn.Module:
     build = open_clip.CoCa if "multimodal_cfg" in config else plain
     what = f"the configuration {config['text_cfg'].get('hf_model_name')!r}"
     with _told(name), fetched(what, "hf_model_name"):
+        if "hf_model_name" in config["text_cfg"]:
+            _check_text_config(config["text_cfg"]["hf_model_name"])
         clip: nn.Module = build(**config)
     return clip
+
+
+def _check_text_config(name: str) -> None:
+    """Raise for a text tower that wants code of a folder or of the hub to be run, where open_clip would ask the user."""
+    from transformers import AutoConfig  # an extra
+
+    AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 class _SizeError(ValueError):

@@ -17,13 +17,14 @@ from .library import fetched
 
 @lru_cache
 def tokenizer(source: str | None, context_length: int, options: str) -> open_clip.SimpleTokenizer | HFTokenizer:
-    """CLIP's own tokenizer, or one of a folder or of the Hugging Face hub; its further options come as JSON.
+    """CLIP's own tokenizer, or one of a folder or of the Hugging Face hub, whose code is never run.
 
-    A FileNotFoundError says that it cannot be had, an ImportError that the package transformers is missing.
+    Its further options come as JSON. A FileNotFoundError says that it cannot be had, an ImportError that the package
+    transformers is missing.
     """
     if source:
         with fetched(f"the tokenizer {source!r}", "hf_tokenizer_name"):
-            return HFTokenizer(source, context_length=context_length, **json.loads(options))
+            return HFTokenizer(source, context_length=context_length, trust_remote_code=False, **json.loads(options))
     return open_clip.SimpleTokenizer(context_length=context_length, **json.loads(options))
 
 
