@@ -72,7 +72,7 @@ def build_clip(name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def _check_text_config(name: str) -> None:
-    """Raise for a text tower that wants code of a folder or of the hub to be run, where open_clip would ask the user."""
+    """Raise for a text tower that wants code of a folder or of the hub to be run; open_clip would ask the user."""
     from transformers import AutoConfig  # an extra
 
     AutoConfig.from_pretrained(name, trust_remote_code=False)
