@@ -105,6 +105,28 @@ def test_images_come_at_its_own_size_and_with_its_own_statistics(weights: Path) 
     assert bank.tokens_of(larger, NOTHING)[0].shape == (1, 8, 192)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "depth", "width", "grid", "normalises"),
+    [
+        ("resnet18.a1_in1k", (96, 128), 5, 512, (3, 4), True),
+        ("convnextv2_atto.fcmae", (96, 64), 4, 320, (3, 2), True),
+        ("hiera_tiny_224.mae", (224, 224), 4, 768, (7, 7), False),
+        ("vit_small_patch16_dinov3.lvd1689m", (96, 64), 12, 384, (6, 4), True),
+    ],
+)
+def test_towers_of_other_kinds(
+    name: str, size: tuple[int, int], depth: int, width: int, grid: tuple[int, int], normalises: bool, tmp_path: Path
+) -> None:
+    architecture = TowerArchitecture.load(name, size, exact=True)
+    assert (len(architecture.shapes), architecture.shapes[-1]) == (depth, (width, grid))
+    assert architecture.normalises is normalises
+    tower = load_tower(architecture, str(weights_of(name, tmp_path / "tower.safetensors")))
+    with torch.no_grad():
+        tokens = tower(torch.randn(2, 3, *size), (depth,))[0]
+    assert tokens.shape == (2, grid[0] * grid[1], width)
+    assert tokens.isfinite().all()
+
+
 class TestModel:
     @pytest.mark.thorough
     def test_from_engine_to_exports(self, april_gan: Build, arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -185,7 +207,7 @@ class TestBadInput:
             ({"memory_backbone": SMALL, "few_shot": "no"}, r"`few_shot` must be one of"),
             (
                 {"memory_backbone": "mixer_b16_224.goog_in21k"},
-                r"`memory_image_size`: mixer_b16.* cannot take .* 96 x 96",
+                r"`memory_image_size`: mixer_b16.* cannot take .*Its own size is 224",
             ),
         ],
     )

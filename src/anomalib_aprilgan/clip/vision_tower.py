@@ -33,7 +33,7 @@ class TowerArchitecture:
 
         Its patches must tile the image where the size is ``exact``; else the nearest size that they tile is taken.
         """
-        stride = stride_of(name)
+        stride = _facts(name)[0]
         if exact and any(side % stride for side in image_size):
             msg = (
                 f"`memory_image_size` must be a multiple of {name}'s patch of {stride} pixels, "
@@ -53,13 +53,20 @@ class TowerArchitecture:
             tower = _build(self.name).eval()
             try:
                 _resize(tower, self.image_size)
-                return _shapes(tower, self.image_size)
+                return _shapes(tower, self.image_size, norm=self.normalises)
             except Exception as error:  # whatever a tower of timm says of a size
+                config: Any = timm.get_pretrained_cfg(self.name)
+                own = config.input_size[1:]
                 msg = (
                     f"`memory_image_size`: {self.name} cannot take images of {self.image_size[0]} x "
-                    f"{self.image_size[1]} pixels ({shown(str(error))})."
+                    f"{self.image_size[1]} pixels ({shown(str(error))}). Its own size is {own[0]} x {own[1]}."
                 )
                 raise ValueError(msg) from error
+
+    @property
+    def normalises(self) -> bool:
+        """Whether stages go through the tower's last normalisation; some of timm's towers have none for them."""
+        return _facts(self.name)[1]
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -69,16 +76,23 @@ class TowerArchitecture:
 
 
 @lru_cache(maxsize=32)
-def stride_of(name: str) -> int:
-    """Pixels between two cells of a tower's coarsest grid; a ValueError for a name that timm does not know."""
+def _facts(name: str) -> tuple[int, bool]:
+    """Pixels between two cells of a tower's coarsest grid, and whether its last normalisation is for stages, too.
+
+    A ValueError for a name that timm does not know.
+    """
     with torch.device("meta"):
         tower = _build(name).eval()
         config: Any = tower.pretrained_cfg
         size = tuple(config["input_size"][1:])
-        shapes = _shapes(tower, size)
+        norm = True
+        try:
+            shapes = _shapes(tower, size, norm=True)
+        except AssertionError:  # how timm says that it has none
+            shapes, norm = _shapes(tower, size, norm=False), False
     if not shapes:
         raise _without_grid(name)
-    return int(size[0] // min(shape.grid[0] for shape in shapes))
+    return int(size[0] // min(shape.grid[0] for shape in shapes)), norm
 
 
 def _without_grid(name: str) -> ValueError:
@@ -105,18 +119,18 @@ def _resize(tower: nn.Module, image_size: tuple[int, int]) -> None:
         resize(image_size)
 
 
-def _run(tower: nn.Module, images: Tensor, indices: list[int] | None) -> list[Tensor]:
-    """Planes ``(B, C, h, w)`` after the tower's last normalisation, without class token and registers."""
+def _run(tower: nn.Module, images: Tensor, indices: list[int] | None, *, norm: bool) -> list[Tensor]:
+    """Planes ``(B, C, h, w)``, after the tower's last normalisation or not, without class token and registers."""
     run: Any = tower
     planes: list[Tensor] = run.forward_intermediates(
-        images, indices=indices, norm=True, output_fmt="NCHW", intermediates_only=True
+        images, indices=indices, norm=norm, output_fmt="NCHW", intermediates_only=True
     )
     return planes
 
 
 @torch.no_grad()
-def _shapes(tower: nn.Module, image_size: tuple[int, int]) -> tuple[StageShape, ...]:
-    planes = _run(tower, torch.empty(1, 3, *image_size), None)
+def _shapes(tower: nn.Module, image_size: tuple[int, int], *, norm: bool) -> tuple[StageShape, ...]:
+    planes = _run(tower, torch.empty(1, 3, *image_size), None, norm=norm)
     if any(plane.ndim != 4 for plane in planes):
         return ()
     return tuple(StageShape(plane.shape[1], (plane.shape[2], plane.shape[3])) for plane in planes)
@@ -154,7 +168,7 @@ class VisionTower(nn.Module):
         images = images.to(next(self.trunk.parameters()).dtype)
         if not torch.compiler.is_compiling() and not len(images):
             return [tokens[:0] for tokens in self(images.new_zeros(1, *images.shape[1:]), stages)]
-        planes = _run(self.trunk, images, [stage - 1 for stage in stages])
+        planes = _run(self.trunk, images, [stage - 1 for stage in stages], norm=self.architecture.normalises)
         return [plane.flatten(2).transpose(1, 2) for plane in planes]
 
 
