@@ -234,6 +234,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match=text):
             AprilGAN(str(tmp_path / "no_clip.json"), image_size=64)
 
+    @pytest.mark.parametrize(
+        ("part", "key", "value"),
+        [
+            ("multimodal_cfg", "width", 10**9),
+            ("multimodal_cfg", "layers", "2"),
+            ("vision_cfg", "attn_pooler_queries", 0),
+        ],
+    )
+    def test_sizes_that_no_clip_has(self, tmp_path: Path, part: str, key: str, value: object) -> None:
+        config = json.loads(json.dumps(FAMILIES["coca"][1]))
+        config[part][key] = value
+        (tmp_path / "coca.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"`backbone`: {part}.{key} of .*coca.json must be an int from 1 to"):
+            AprilGAN(str(tmp_path / "coca.json"), image_size=64)
+
     def test_a_tower_without_a_grid(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(timm.models.fastvit.FastVit, "forward_intermediates")  # timm has none now
         files = FAMILIES["mobileclip"][1] | {"embed_dim": 23}  # not in a cache

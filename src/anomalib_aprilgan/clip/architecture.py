@@ -30,7 +30,8 @@ class BuiltInClip:
 # What sizes in a configuration may be at most; the largest published CLIPs have less than a quarter of it.
 _MOST = {
     "embed_dim": 8192, "width": 16384, "layers": 256, "heads": 256, "head_width": 1024, "patch_size": 1024,
-    "context_length": 8192, "vocab_size": 2_000_000,
+    "context_length": 8192, "vocab_size": 2_000_000, "n_queries": 8192, "attn_pooler_queries": 8192,
+    "attn_pooler_heads": 256, "dim_head": 1024,
 }  # fmt: skip
 # Where a configuration does not say it (open_clip's CLIPVisionCfg).
 _USUAL = {"layers": 12, "width": 768, "patch_size": 16, "image_size": 224}
@@ -234,7 +235,8 @@ def _check_tokenizer(text: dict[str, Any], backbone: str) -> None:
 
 def _check_sizes(config: dict[str, Any], backbone: str) -> None:
     """Raise a ValueError for sizes that no CLIP has, before a network of that size is built."""
-    for name, part in ((None, config), ("vision_cfg", config["vision_cfg"]), ("text_cfg", config["text_cfg"])):
+    parts = [name for name in ("vision_cfg", "text_cfg", "multimodal_cfg") if name in config]
+    for name, part in ((None, config), *((name, _part(config, name, backbone)) for name in parts)):
         for key, most in _MOST.items():
             value = part.get(key, 1)
             where = key if name is None else f"{name}.{key}"
