@@ -6,13 +6,19 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Table
 
 from .clip import library
 from .clip.catalogue import COLUMNS, Backbone, backbones
 
+# So many architectures are listed with the names of their weights.
+_FEW = 20
+# Columns of a console in which every line has room.
+_UNBOUND = 10_000
 _TITLES = {"image_size": "pixels", "embed_dim": "joint width", "parameters": "parameters (M)", "gflops": "GFLOPs"}
 
 
@@ -53,20 +59,31 @@ def _print_backbones(given: argparse.Namespace) -> None:
     elif given.markdown:
         console.print(markdown(found))
     else:
-        table = Table(*(_TITLES.get(column, column) for column in COLUMNS), "weights", "refused")
+        _print_table(found, console)
+
+
+def _print_table(found: Sequence[Backbone], console: Console) -> None:
+    """A line each, as wide as the longest needs, and below the table what would widen it."""
+    table = Table(*(_TITLES.get(column, column) for column in COLUMNS), "weights", box=SIMPLE)
+    for column in table.columns:
+        column.no_wrap = True
+    for one in found:
+        table.add_row(*(_cell(one, column) for column in COLUMNS), str(len(one.weights)))
+    unbound = Console(width=_UNBOUND)
+    needed = Measurement.get(unbound, unbound.options, table).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
+    if len(found) <= _FEW:
         for one in found:
-            table.add_row(*(_cell(one, column) for column in COLUMNS), ", ".join(one.weights) or "none", one.refused)
-        Console(highlight=False).print(table)
-        usable = [one for one in found if not one.refused]
-        console.print(f"{len(usable)} of {len(found)} architectures, {_weights(usable)} of {_weights(found)} weights")
+            console.print(f"{one.name}: {', '.join(one.weights) or 'no weights'}")
+    console.print("\n".join(_counted(found)))
 
 
 def markdown(found: Sequence[Backbone]) -> str:
     """A Markdown table of backbones, with a line that counts them."""
     columns = [_TITLES.get(column, column) for column in COLUMNS]
-    usable = [one for one in found if not one.refused]
+    counted, *refused = _counted(found)
     lines = [
-        f"{len(usable)} of {len(found)} architectures and {_weights(usable)} of {_weights(found)} weights can be used.",
+        counted,
         "",
         f"| {' | '.join([*columns, 'weights'])} |",
         f"|{'---|' * (len(columns) + 1)}",
@@ -75,12 +92,21 @@ def markdown(found: Sequence[Backbone]) -> str:
             for one in found
         ),
     ]
+    return "\n".join([*lines, *refused])
+
+
+def _counted(found: Sequence[Backbone]) -> list[str]:
+    """Lines that count what can be used and name what cannot, by the reason."""
+    usable = [one for one in found if not one.refused]
+    counted = (
+        f"{len(usable)} of {len(found)} architectures and {_weights(usable)} of {_weights(found)} weights can be used."
+    )
     reasons: dict[str, list[str]] = {}
     for one in found:
         if one.refused:
             reasons.setdefault(one.refused, []).append(one.name)
     refused = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    return "\n".join([*lines, *(["", "Refused here:", "", *refused] if refused else [])])
+    return [counted, *(["", "Refused here:", "", *refused] if refused else [])]
 
 
 def _weights(found: Sequence[Backbone]) -> int:

@@ -74,7 +74,15 @@ class TestCommand:
         main(["backbones", "RN50", "ViT-B-32"])
         printed = capsys.readouterr().out
         assert "2 of 2 architectures" in printed
-        assert "RN50" in printed
+        (line,) = (line for line in printed.splitlines() if line.split()[:2] == ["RN50", "ResNet"])
+        assert line.split()[2:] == ["CLIP's", "224", "32", "4", "1024", "102.0", "12.2", "3"]
+        assert "RN50: openai, yfcc15m, cc12m" in printed
+
+    def test_what_cannot_be_used_is_named_below(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["backbones", "roberta-ViT-B-32", "RN50"])
+        printed = capsys.readouterr().out
+        assert "1 of 2 architectures and 3 of 4 weights" in printed
+        assert "- roberta-ViT-B-32: needs the configuration of roberta-base" in printed
 
     def test_json_sorted(self, capsys: pytest.CaptureFixture[str]) -> None:
         main(["backbones", "--json", "--sort", "gflops", "ViT-B-16", "ViT-B-32", "MobileCLIP2-S0"])
