@@ -12,18 +12,23 @@ import openvino
 import pytest
 import timm
 import torch
+from anomalib.models.components.feature_extractors.timm import _disable_pos_embed_antialiasing
 from anomalib.models.image.anomaly_dino.torch_model import AnomalyDINOModel
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import vision_transformer
 from torch import Tensor
 
 from anomalib_aprilgan import AprilGAN
-from anomalib_aprilgan.clip.backbone import VisionOutput
+from anomalib_aprilgan.clip.architecture import ClipArchitecture
+from anomalib_aprilgan.clip.backbone import VisionOutput, load_clip
 from anomalib_aprilgan.clip.vision_tower import TowerArchitecture, load_tower
 from anomalib_aprilgan.data.pre_processing import CLIP_MEAN, CLIP_STD
 from anomalib_aprilgan.evaluation.many_banks import predict_banks
 from anomalib_aprilgan.network.memory_bank import VisionMemoryBank
 from anomalib_aprilgan.network.scoring import nearest_normal_distance
 
+from ..towers import write
 from .runs import by_path, category, engine, good
 
 Build = Callable[..., AprilGAN]
@@ -125,6 +130,25 @@ def test_towers_of_other_kinds(
         tokens = tower(torch.randn(2, 3, *size), (depth,))[0]
     assert tokens.shape == (2, grid[0] * grid[1], width)
     assert tokens.isfinite().all()
+
+
+def test_positions_are_resized_alike_after_anomaly_dino_was_there(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = write("siglip", tmp_path)
+
+    def positions() -> list[Tensor]:
+        tower = load_tower(TowerArchitecture.load(SMALL, (96, 64), exact=True), str(weights))
+        architecture = ClipArchitecture.load(str(clip.backbone), (96, 64), None)
+        return [one.pos_embed for one in (tower.trunk, load_clip(architecture, str(clip.weights)).visual.trunk)]
+
+    monkeypatch.setattr(vision_transformer, "resample_abs_pos_embed", resample_abs_pos_embed)
+    before = positions()
+    _disable_pos_embed_antialiasing()  # what AnomalyDINO does to timm
+    replaced = vision_transformer.resample_abs_pos_embed
+    assert replaced is not resample_abs_pos_embed
+    assert all(torch.equal(one, other) for one, other in zip(before, positions(), strict=True))
+    assert vision_transformer.resample_abs_pos_embed is replaced  # AnomalyDINO's own stays
 
 
 class TestModel:

@@ -15,6 +15,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict, resize_pos_embed
+from timm.layers import resample_abs_pos_embed
+from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -164,6 +166,23 @@ def count_parameters(name: str, config: dict[str, Any]) -> int:
         return sum(parameter.numel() for parameter in build_clip(name, config).parameters())
 
 
+def set_input_size(tower: nn.Module, image_size: tuple[int, int]) -> None:
+    """Let a tower of timm, or open_clip's wrapper of one, take images of another size; a ConvNet takes any.
+
+    anomalib's AnomalyDINO replaces timm's resampling of positions by one without antialiasing, for the whole process.
+    Numbers must not hang on what ran before, so timm's own is put back for the while.
+    """
+    resize: Any = getattr(tower, "set_input_size", None)
+    if resize is None:
+        return
+    module: Any = vision_transformer
+    replaced, module.resample_abs_pos_embed = module.resample_abs_pos_embed, resample_abs_pos_embed
+    try:
+        resize(image_size)
+    finally:
+        module.resample_abs_pos_embed = replaced
+
+
 def resize_tower(visual: nn.Module, image_size: tuple[int, int]) -> None:
     """Let a vision tower take images of another height and width in pixels; a plain ViT is built at its size.
 
@@ -178,7 +197,7 @@ def resize_tower(visual: nn.Module, image_size: tuple[int, int]) -> None:
             planes = F.interpolate(planes, grid, mode="bicubic", antialias=True, align_corners=False)
             pool.positional_embedding = nn.Parameter(torch.cat([first, planes.flatten(2)[0].T]))
     elif isinstance(visual, open_clip.timm_model.TimmModel):
-        visual.set_input_size(image_size)
+        set_input_size(visual, image_size)
 
 
 def load_weights(clip: nn.Module, state_dict: dict[str, Tensor]) -> None:

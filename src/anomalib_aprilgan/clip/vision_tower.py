@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..files import is_file
 from ..recipe import digest_of_tensors
-from .library import StageShape
+from .library import StageShape, set_input_size
 from .state_dict import read_state_dict
 from .weights import TIMM_FILES, find_published
 
@@ -52,7 +52,7 @@ class TowerArchitecture:
         with torch.device("meta"):
             tower = _build(self.name).eval()
             try:
-                _resize(tower, self.image_size)
+                set_input_size(tower, self.image_size)
                 return _shapes(tower, self.image_size, norm=self.normalises)
             except Exception as error:  # whatever a tower of timm says of a size
                 config: Any = timm.get_pretrained_cfg(self.name)
@@ -113,12 +113,6 @@ def _build(name: str, **options: object) -> nn.Module:
     raise ValueError(msg)
 
 
-def _resize(tower: nn.Module, image_size: tuple[int, int]) -> None:
-    resize: Any = getattr(tower, "set_input_size", None)  # a convolutional tower takes any size
-    if resize is not None:
-        resize(image_size)
-
-
 def _run(tower: nn.Module, images: Tensor, indices: list[int] | None, *, norm: bool) -> list[Tensor]:
     """Planes ``(B, C, h, w)``, after the tower's last normalisation or not, without class token and registers."""
     run: Any = tower
@@ -153,7 +147,7 @@ class VisionTower(nn.Module):
             reason = " ".join(str(error).split())
             msg = f"`memory_pretrained`: the weights of {source} are not those of {architecture.name}: {reason[:400]}"
             raise ValueError(msg) from error
-        _resize(self.trunk, architecture.image_size)
+        set_input_size(self.trunk, architecture.image_size)
         self.digest = digest_of_tensors(weights)
         self.requires_grad_(requires_grad=False)
         self.train(mode=False)
