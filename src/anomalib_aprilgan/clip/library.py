@@ -15,7 +15,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict, resize_pos_embed
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
