@@ -16,7 +16,7 @@ from .decision.post_processing import AprilGANPostProcessor
 from .network import SCORERS
 from .network.adapters import LinearAdapters
 from .network.few_shot import FewShotScorer
-from .network.memory_bank import VisionMemoryBank
+from .network.memory_bank import MemoryBank, VisionMemoryBank
 from .network.model import AprilGANModel
 from .running import seeded
 from .settings import Settings
@@ -42,9 +42,13 @@ def build_scorer(settings: Settings, pre_processor: nn.Module | None) -> FewShot
             msg = "`memory_backbone` needs an AprilGANPreProcessor, whose statistics are known: leave `pre_processor`."
             raise ValueError(msg)
         statistics = pre_processor.mean.flatten().tolist(), pre_processor.std.flatten().tolist()
-        return VisionMemoryBank(tower, settings.memory_stages, statistics, settings.neighbourhood)
+        options = settings.neighbourhood, settings.remembering.bank_options(settings.seed)
+        return VisionMemoryBank(tower, settings.memory_stages, statistics, *options)
     build = SCORERS[settings.few_shot]
-    return build(settings.architecture, settings.memory_stages, settings.neighbourhood)
+    scorer = build(settings.architecture, settings.memory_stages, settings.neighbourhood)
+    if isinstance(scorer, MemoryBank):
+        scorer.options = settings.remembering.bank_options(settings.seed)
+    return scorer
 
 
 def build_pre_processor(settings: Settings, given: nn.Module | bool) -> nn.Module | bool:

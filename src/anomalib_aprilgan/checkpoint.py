@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from .classes import Classes
 from .clip.prompts import PromptEnsemble
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
-from .files import check_no_bomb, damaged, is_file
+from .files import check_no_bomb, damaged, is_file, write_atomically
 from .migration import CHECKPOINT_KEY, FEW_SHOT, FORMAT, migrate
 from .network.memory_bank import VisionMemoryBank
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
 from .recipe import RowRecipes
+from .remembering import Remembering
 from .settings import Settings
 
 _BACKBONE, _TOWER = "model._backbone.", "model.few_shot.tower."
@@ -38,10 +40,12 @@ _EARLIER_SETTINGS = {
     "temperature": 100.0,
     "memory_backbone": None,
     "memory_image_size": None,
+    **Remembering().settled,
 }
 # What memory banks and the bounds of the fused score rest on, and nothing else.
 _OF_REFERENCES = {
-    "neighbourhood", "top_share", "few_shot", "score_fusion", "memory_backbone", "memory_image_size"
+    "neighbourhood", "top_share", "few_shot", "score_fusion", "memory_backbone", "memory_image_size",
+    *Remembering().settled,
 }  # fmt: skip
 # What the entries of a checkpoint are, and of one of its rows.
 _ENTRIES: dict[str, Any] = {
@@ -61,13 +65,24 @@ _ENTRIES_OF_ROW: dict[str, Any] = {
     "asked": str,
     "references": [str],
 }
-_FEATURES = "model.few_shot.remembered.{}.features"
+_LATER_ENTRIES_OF_ROW: dict[str, Any] = {"contents": [str], "accepted": [dict]}
+_ENTRIES_OF_ACCEPTANCE: dict[str, Any] = {
+    "when": str,
+    "files": [str],
+    "contents": [str],
+    "parts": int,
+    "values": {str: [float]},
+    "recipes": {str: _RECIPE},
+}
+_REMEMBERED = "model.few_shot.remembered.{}."
 
 
 def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: AprilGANModel) -> None:
     """Complete a checkpoint with what a model needs beside the tensors, and leave the frozen CLIP out of them."""
     tensors = checkpoint["state_dict"].items()
-    checkpoint["state_dict"] = {name: value for name, value in tensors if not name.startswith((_BACKBONE, _TOWER))}
+    # Images under inspection, with which others of their run were compared, are none that a later run could use.
+    left_out = (_BACKBONE, _TOWER, *([FEW_SHOT] if settings.remembering.batch_zero_shot else []))
+    checkpoint["state_dict"] = {name: value for name, value in tensors if not name.startswith(left_out)}
     checkpoint[CHECKPOINT_KEY] = {
         "format": FORMAT,
         "classes": [list(pair) for pair in zip(made.classes.names, made.classes.words, strict=True)],
@@ -82,6 +97,22 @@ def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: A
     parameters = checkpoint["hyper_parameters"]
     if isinstance(parameters.get("prompts"), str):  # a file that may be gone when the checkpoint is loaded
         parameters["prompts"] = settings.prompts.to_dict()
+
+
+def rewrite(
+    path: Path, target: Path, model: nn.Module, settings: Settings, made: Made, post_processor: nn.Module | None
+) -> None:
+    """Write a checkpoint again, with what a model that was loaded from it holds now; whole or not at all."""
+    with anomalib_safe_globals():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    content["state_dict"] = {name: value.cpu() for name, value in model.state_dict().items()}
+    network = model.get_submodule("model")
+    if isinstance(network, AprilGANModel):
+        write(content, settings, made, network)
+    key = getattr(post_processor, "state_key", None)
+    if post_processor is not None and key in content.get("callbacks", {}):  # Lightning keeps it twice
+        content["callbacks"][key] = post_processor.state_dict()
+    write_atomically(target, partial(torch.save, content))
 
 
 def check_file(path: str | Path) -> None:
@@ -138,6 +169,10 @@ def _check_content(content: Mapping[str, Any], tensors: Mapping[str, Any], netwo
     check_entries("ckpt_path", content, _ENTRIES)
     for entry in content["rows"]:
         check_entries("ckpt_path", entry, _ENTRIES_OF_ROW)
+        later = {name: entry[name] for name in _LATER_ENTRIES_OF_ROW if name in entry}
+        check_entries("ckpt_path", later, {name: _LATER_ENTRIES_OF_ROW[name] for name in later})
+        for acceptance in entry.get("accepted", []):
+            check_entries("ckpt_path", acceptance, _ENTRIES_OF_ACCEPTANCE)
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor) or not value.isfinite().all()]
     if wrong:
         msg = f"`ckpt_path` must hold finite tensors, got others, NaN or infinity in {', '.join(wrong[:5])}."
@@ -178,9 +213,12 @@ def restore(
     network.set_rows(torch.empty_like(state_dict["model.text_features"]), none)
     if network.few_shot is not None:
         for row in range(len(classes)):
-            features = state_dict.setdefault(_FEATURES.format(row), torch.empty(0))
-            network.few_shot.check_features(features)
-            network.few_shot.set_features(row, torch.empty_like(features))
+            prefix = _REMEMBERED.format(row)
+            state_dict.setdefault(f"{prefix}features", torch.empty(0))
+            tensors = {
+                name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
+            }
+            network.few_shot.make_room(row, tensors)
     own_fusion.set_rows(none, network.map_limit)
     for name, value in own_fusion.state_dict().items():
         state_dict.setdefault(f"own_fusion.{name}", value)
@@ -217,6 +255,7 @@ def _settings_of(settings: Settings, *, few_shot: bool) -> dict[str, Any]:
         "memory_stages": list(settings.memory_stages),
         "quick_gelu": settings.architecture.quick_gelu,
         "image_size": list(settings.architecture.image_size),
-        **{name: getattr(settings, name) for name in _EARLIER_SETTINGS if not name.startswith("memory_")},
+        **{name: getattr(settings, name) for name in _EARLIER_SETTINGS if hasattr(settings, name)},
+        **settings.remembering.settled,
         "tile_size": settings.tile_size if few_shot else None,  # banks remember tiles
     }

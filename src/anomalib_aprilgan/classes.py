@@ -150,10 +150,14 @@ def rows_of_batch(classes: Classes, batch: Any, name: str | None, root: Path | N
         return torch.zeros(batch.batch_size, dtype=torch.long, device=batch.image.device)
     names = getattr(batch, "class_name", None)
     if names is None:
-        paths = batch.image_path or [""] * batch.batch_size
-        # An image without a path has no folder: the one of this program says nothing.
-        names = [name if name in classes.names else path and class_of_file(path, classes.names, root) for path in paths]
+        names = classes_of_files(classes, batch.image_path or [""] * batch.batch_size, name, root)
     return torch.tensor(classes.rows(names), dtype=torch.long, device=batch.image.device)
+
+
+def classes_of_files(classes: Classes, paths: Sequence[str], name: str | None, root: Path | None) -> list[str]:
+    """The class of each file: the data's name where that is a class, else what ``class_of_file`` finds."""
+    # An image without a path has no folder: the one of this program says nothing.
+    return [name if name in classes.names else path and class_of_file(path, classes.names, root) for path in paths]
 
 
 def names_of(module: object) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .clip import library
 from .clip.catalogue import COLUMNS, Backbone, backbones
+from .growing_command import add_growing
 
 # So many architectures are listed with the names of their weights.
 _FEW = 20
@@ -32,13 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listed.add_argument("--sort", choices=COLUMNS, default="name", help="column to sort by, ascending")
     listed.add_argument("--json", action="store_true", help="print JSON")
     listed.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    listed.set_defaults(run=_print_backbones)
+    add_growing(commands.add_parser)
     given = parser.parse_args(arguments)
-    unknown = sorted(set(given.names) - set(library.model_names()))
-    if unknown:
-        parser.error(f"names must be architectures of open_clip, got {', '.join(unknown)}.")
-    if given.image_size is not None and given.image_size < 1:
-        parser.error(f"--image_size must be a side in pixels above 0, got {given.image_size}.")
-    _print_backbones(given)
+    given.run(given, parser)
 
 
 def _about_backbones() -> str:
@@ -48,7 +46,12 @@ def _about_backbones() -> str:
     )
 
 
-def _print_backbones(given: argparse.Namespace) -> None:
+def _print_backbones(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    unknown = sorted(set(given.names) - set(library.model_names()))
+    if unknown:
+        parser.error(f"names must be architectures of open_clip, got {', '.join(unknown)}.")
+    if given.image_size is not None and given.image_size < 1:
+        parser.error(f"--image_size must be a side in pixels above 0, got {given.image_size}.")
     names = given.names or library.model_names()
     progress = track(backbones(given.image_size, names), "Backbones", len(names), console=Console(stderr=True))
     # Those without a figure come last.

@@ -13,9 +13,8 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from . import checkpoint as checkpoints
 from . import training
@@ -29,15 +28,16 @@ from .data.reading_hooks import ReadingHooks
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
 from .exporting import Exporting
+from .growing import Growing
 from .inspection import predict_images
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, RawPredictions
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, is_ready, note_learned, prepare
+from .remembering import Remembering
 from .results.metric_inputs import MetricInputs
 from .results.table import DecisionsWriter
 from .results.trainer import prepare_trainer
 from .running import (
-    all_gather_object,
     datamodule_of,
     is_fitting,
     is_running,
@@ -57,9 +57,10 @@ from .settings import (
     source_of,
 )
 from .sharing import Sharing
+from .training import Training
 
 
-class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
+class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
     """APRIL-GAN: zero-/few-shot anomaly detection with CLIP, linear adapters and memory banks.
 
     A frozen CLIP compares an image and its patches with sentences about good and bad objects. A linear adapter per
@@ -107,6 +108,14 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
             compares, ``memory_stages`` being its stages (by default the last); unset, as published, in CLIP's.
         memory_pretrained: File of its weights; else those that timm publishes.
         memory_image_size: Its ``image_size``; else the size nearest to that of CLIP.
+        memory_size: Patches of every stage that the memory bank keeps of a class, a coreset; unset, all of them.
+        memory_dtype: Number type that they are stored in; ``"float16"`` halves memory, checkpoints and exports.
+        references_unlabelled: Whether references may be defective, at least three; a patch is then compared with each
+            of them, and the mean of the lowest distances counts (MuSc, arXiv:2401.16753).
+        batch_zero_shot: Whether the images of a test or prediction serve each other as such references: ``k_shot`` of
+            every class, drawn where there are more, 64 where ``k_shot`` is 0.
+        lowest_share: Share of unlabelled references whose distances, the lowest, count, in (0, 1].
+        contamination: Share of unlabelled references that may be defective, in [0, 0.5], which thresholds allow for.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one; ``"anomalib"`` for the metrics of its other models.
@@ -149,6 +158,12 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
         memory_backbone: str | None = None,
         memory_pretrained: str | None = None,
         memory_image_size: int | tuple[int, int] | None = None,
+        memory_size: int | None = None,
+        memory_dtype: Literal["float32", "float16"] = "float32",
+        references_unlabelled: bool = False,
+        batch_zero_shot: bool = False,
+        lowest_share: float = 0.3,
+        contamination: float = 0.3,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool | Literal["anomalib"] = True,
@@ -169,11 +184,14 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
         architecture = architecture_of(backbone, quick_gelu, image_size, aspect_ratio, tile_size)
         tapped = architecture.check_stages(stages)
         tower, remembered = memory_of(memory_backbone, memory_image_size, memory_stages, architecture, tapped)
+        memory = Remembering(
+            memory_size, memory_dtype, references_unlabelled, batch_zero_shot, lowest_share, contamination
+        )
         settings = Settings(
             architecture, pretrained, adapters, tapped, remembered,
-            words_by_name(class_name), default_class, class_aliases, PromptEnsemble.of(prompts), k_shot, references,
-            seed, few_shot, score_fusion, tile_size, tile_overlap, smoothing_sigma, neighbourhood, top_share,
-            calibration, false_positive_rate, temperature, tower, memory_pretrained,
+            words_by_name(class_name), default_class, class_aliases, PromptEnsemble.of(prompts), memory.shots(k_shot),
+            references, seed, few_shot, score_fusion, tile_size, tile_overlap, smoothing_sigma, neighbourhood,
+            top_share, calibration, false_positive_rate, temperature, tower, memory_pretrained, memory,
         )  # fmt: skip
         super().__init__(
             build_pre_processor(settings, pre_processor),
@@ -184,18 +202,15 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
         self.model = build_network(settings, self.pre_processor)
         self.own_fusion = ScoreFusion(score_fusion, top_share)  # where the post-processor is another's
         self.reading_hooks, self.table, self.metric_inputs = ReadingHooks(), DecisionsWriter(), MetricInputs()
-        self._saw_defect, self._data = False, DataAtHand()
+        self.saw_defect, self._data = False, DataAtHand()
 
     @property
     def learning_type(self) -> LearningType:
         """ONE_CLASS for fresh adapters, which ``fit`` trains, and trains on; else ZERO_SHOT or FEW_SHOT."""
         if self.settings.adapters is None:
             return LearningType.ONE_CLASS
-        return LearningType.FEW_SHOT if self.settings.k_shot else LearningType.ZERO_SHOT
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The paper's optimizer: Adam, learning rate 1e-3, betas 0.5 and 0.999, no schedule."""
-        return Adam(self.model.adapters.parameters(), lr=1e-3, betas=(0.5, 0.999))
+        has_references = self.settings.k_shot and not self.settings.remembering.batch_zero_shot
+        return LearningType.FEW_SHOT if has_references else LearningType.ZERO_SHOT
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The callbacks that anomalib wants, the reading of images, and the table of decisions unless one is given."""
@@ -223,19 +238,6 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
         own += [self.metric_inputs, self.metric_inputs.after]
         self.reading_hooks.install(self.trainer, stage, own)  # before Lightning starts the loaders' workers
 
-    def on_fit_start(self) -> None:
-        """Raise if there is nothing to train or nothing to learn from; note what the adapters will have seen."""
-        training.check(self.settings, datamodule_of(self))
-        self.make_ready("fit")
-        self._saw_defect = bool(training.has_defects(datamodule_of(self)))  # else the first epoch will tell
-        training.note(self.made, self.model, datamodule_of(self))
-
-    def on_train_epoch_end(self) -> None:
-        """Raise if the loader has no defect, which only shows in passing."""
-        self._saw_defect = any(all_gather_object(self._saw_defect))
-        if not self._saw_defect:
-            training.raise_without_defects(datamodule_of(self))
-
     def on_validation_start(self) -> None:
         """Complete the set-up, with what a checkpoint may have brought; so at the start of tests and predictions."""
         if not is_fitting(self):
@@ -245,7 +247,7 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
 
     def on_validation_epoch_end(self) -> None:
         """Note what the bounds and thresholds rest on that validation has learned."""
-        note_learned(Workplace.of(self, self._data.augmentations))
+        note_learned(Workplace.of(self, self._data))
 
     def make_ready(self, stage: str, *, is_named: bool = False) -> None:
         """Make whatever is missing for a stage, or for ``"export"``; see ``anomalib_aprilgan.preparation.prepare``."""
@@ -253,7 +255,7 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
             loaders = running_loaders(self.trainer) if is_running(self) else None
             self._data = DataAtHand.of(loaders, self.pre_processor)
             single = stage == "export" or (stage == "predict" and not is_named and not tells_classes(loaders))
-            renewed = prepare(Workplace.of(self, self._data.augmentations), stage, single=single)
+            renewed = prepare(Workplace.of(self, self._data), stage, single=single)
             self.to(self.device)
         if renewed and stage in {"test", "predict"} and is_running(self) and self.settings.adapters is None:
             training.validate(self, self.post_processor, datamodule_of(self))
@@ -310,14 +312,6 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
         name = None if datamodule is None else class_name_of(datamodule)
         return rows_of_batch(self.made.classes, batch, name, self._data.root)
 
-    def training_step(self, batch: ImageBatch) -> Tensor:
-        """Focal and dice loss of the adapters on a batch with masks; where there are none, that of the labels."""
-        mask = training.mask_of(batch)
-        self._saw_defect, self.made.has_trained = self._saw_defect or bool(mask.any()), True
-        loss = partial_adapter_loss(self.model.stage_probabilities(plain_images(batch), self.rows_of(batch)), mask)
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
-        return loss
-
     def validation_step(self, batch: ImageBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Predictions, from which the post-processor learns; while fitting also the loss, to be monitored."""
         del batch_idx, dataloader_idx  # Lightning asks for them where there are several loaders
@@ -328,6 +322,7 @@ class AprilGAN(Components, Sharing, Exporting, AnomalibModule):  # type: ignore[
             loss = partial_adapter_loss(raw.stage_probabilities, mask)
             self.log("val_loss", loss, prog_bar=True, batch_size=batch.batch_size, sync_dist=True)
         predictions = self._fused(raw, rows)
+        vars(batch)["image_feature"] = raw.image_feature  # for whoever watches for drift
         outputs: STEP_OUTPUT = batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         return outputs
 

@@ -44,12 +44,35 @@ class Recipe:
         )
 
 
+@dataclass(frozen=True)
+class Acceptance:
+    """Good parts that joined the memory bank of a class at one time.
+
+    Attributes:
+        when: Date and time, ISO 8601, in UTC.
+        files: Their paths, for the log.
+        contents: Digests of their contents.
+        parts: How many images, or tiles of them, the memory bank grew by.
+        values: What has changed since of the class in the post-processor, by name, as it was before.
+        recipes: The recipes of bounds and calibration before.
+    """
+
+    when: str
+    files: list[str]
+    contents: list[str]
+    parts: int
+    values: Mapping[str, list[float]]
+    recipes: Mapping[str, Mapping[str, Mapping[str, str]] | None]
+
+
 @dataclass
 class RowRecipes:
     """The recipes of what one class has; ``None`` for what was not made yet.
 
     ``bounds`` are those of the score, with thresholds by default or by validation. ``asked`` says in words where the
-    references were to be drawn from, ``references`` their paths, for the log.
+    references were to be drawn from, ``references`` their paths, for the log, ``contents`` the digests of their
+    contents. ``accepted`` are the good parts that
+    joined them later, in this order.
     """
 
     text: Recipe | None = None
@@ -58,6 +81,18 @@ class RowRecipes:
     calibration: Recipe | None = None
     asked: str = ""
     references: list[str] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)
+    accepted: list[Acceptance] = field(default_factory=list)
+
+    @property
+    def accepted_parts(self) -> int:
+        """How many images, or tiles of them, of a memory bank are accepted ones: its last."""
+        return sum(acceptance.parts for acceptance in self.accepted)
+
+    @property
+    def accepted_contents(self) -> list[str]:
+        """Digests of the contents of all accepted images."""
+        return [content for acceptance in self.accepted for content in acceptance.contents]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -69,6 +104,7 @@ class RowRecipes:
         parts: dict[str, Any] = {
             name: Recipe(**value) if isinstance(value, dict) else value for name, value in content.items()
         }
+        parts["accepted"] = [Acceptance(**entry) for entry in content.get("accepted", [])]
         return cls(**parts)
 
 

@@ -20,6 +20,7 @@ from .decision.fusion import FUSIONS, check_top_share
 from .network import SCORERS
 from .network.scoring import smoothing_radius
 from .network.tiling import check_tiles
+from .remembering import Remembering
 
 # Longest side of the model's image: attention over all patches of a larger one fits into no memory.
 MAX_SIDE = 4096
@@ -55,6 +56,7 @@ class Settings:
     temperature: float | Literal["model"]
     memory_tower: TowerArchitecture | None
     memory_pretrained: str | None
+    remembering: Remembering
 
     def __post_init__(self) -> None:
         """Raise if arguments are out of range or do not go together."""
@@ -98,6 +100,7 @@ class Settings:
         if self.references is not None and not self.k_shot:
             msg = "`references` are given but `k_shot` is 0. Set `k_shot` to the number of them to use."
             raise ValueError(msg)
+        self.remembering.check(self.few_shot, self.tile_size, self.k_shot, has_references=self.references is not None)
         calibration = self.how_to_calibrate
         if calibration is not None and calibration.from_references and not self.k_shot:
             msg = (
@@ -111,7 +114,7 @@ class Settings:
         """How thresholds are found from normal images; ``None`` where that was not asked for."""
         if self.calibration is None:
             return None
-        return Calibration(self.calibration, self.false_positive_rate, self.seed)
+        return Calibration(self.calibration, self.false_positive_rate, self.seed, self.remembering.allowed)
 
 
 def architecture_of(

@@ -1,19 +1,62 @@
-"""What the training of fresh adapters needs of its data, and what it leaves written down."""
+"""The training of fresh adapters: its steps, what it needs of its data, and what it leaves written down."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from .decision.post_processing import AprilGANPostProcessor
+from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance
-from .running import precision_of
+from .running import all_gather_object, datamodule_of, plain_images, precision_of
 from .settings import Settings
+
+
+class Training:
+    """Mix-in with the steps that train a model's adapters."""
+
+    settings: Settings
+    made: Made
+    model: AprilGANModel
+    saw_defect: bool
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The paper's optimizer: Adam, learning rate 1e-3, betas 0.5 and 0.999, no schedule."""
+        return Adam(self.model.adapters.parameters(), lr=1e-3, betas=(0.5, 0.999))
+
+    def on_fit_start(self) -> None:
+        """Raise if there is nothing to train or nothing to learn from; note what the adapters will have seen."""
+        module: Any = self
+        check(self.settings, datamodule_of(module))
+        module.make_ready("fit")
+        self.saw_defect = bool(has_defects(datamodule_of(module)))  # else the first epoch will tell
+        note(self.made, self.model, datamodule_of(module))
+
+    def training_step(self, batch: ImageBatch) -> Tensor:
+        """Focal and dice loss of the adapters on a batch with masks; where there are none, that of the labels."""
+        module: Any = self
+        mask = mask_of(batch)
+        self.saw_defect, self.made.has_trained = self.saw_defect or bool(mask.any()), True
+        probabilities = self.model.stage_probabilities(plain_images(batch), module.rows_of(batch))
+        loss = partial_adapter_loss(probabilities, mask)
+        module.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Raise if the loader has no defect, which only shows in passing."""
+        module: Any = self
+        self.saw_defect = any(all_gather_object(self.saw_defect))
+        if not self.saw_defect:
+            raise_without_defects(datamodule_of(module))
 
 
 def check(settings: Settings, datamodule: AnomalibDataModule | None) -> None:

@@ -13,10 +13,11 @@ LAYERS = [
     ("checks", "classes", "config_files", "files", "recipe", "running"),
     ("clip",),
     ("network", "data", "decision", "metrics"),
+    ("remembering",),
     ("settings", "provenance", "migration", "exporting"),
-    ("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "results"),
+    ("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "growing", "results"),
     ("lightning_model",),
-    ("plugin", "__init__", "demo", "evaluation", "command"),
+    ("plugin", "__init__", "demo", "evaluation", "command", "growing_command"),
 ]
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

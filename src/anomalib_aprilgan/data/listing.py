@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
+from typing import NamedTuple
 
 from anomalib.data import AnomalibDataModule, AnomalibDataset, PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -40,35 +41,52 @@ def datasets_in(data: object) -> Iterator[object]:
             yield entry
 
 
-def listed_files(data: object) -> list[str]:
-    """Paths of the images in data sets and loaders, as batches name them; none of what does not tell its files."""
-    files: list[str] = []
+class ListedFile(NamedTuple):
+    """Path of an image as batches name it, and the class that its data set tells, if any."""
+
+    path: str
+    class_name: str | None = None
+
+
+def named_files(data: object) -> list[ListedFile]:
+    """The images in data sets and loaders; none of what does not tell its files."""
+    files: list[ListedFile] = []
     for entry in entries(data):
         if isinstance(entry, DataLoader):
-            files += listed_files(entry.dataset)
+            files += named_files(entry.dataset)
         elif isinstance(entry, Subset):
-            whole = listed_files(entry.dataset)
+            whole = named_files(entry.dataset)
             files += [whole[index] for index in entry.indices] if whole else []
         elif isinstance(entry, PredictDataset):
-            files += [str(path) for path in entry.image_filenames]
+            files += [ListedFile(str(path)) for path in entry.image_filenames]
         elif isinstance(entry, AnomalibDataset):
-            files += [str(path) for path in entry.samples.image_path]
+            names = entry.samples.get("class_name", [None] * len(entry.samples))
+            files += [ListedFile(str(path), name) for path, name in zip(entry.samples.image_path, names, strict=True)]
         elif isinstance(parts := getattr(entry, "datasets", None), list):  # ConcatDataset
-            files += listed_files(parts)
+            files += named_files(parts)
     return files
+
+
+def listed_files(data: object) -> list[str]:
+    """Paths of the images in data sets and loaders; see ``named_files``."""
+    return [file.path for file in named_files(data)]
 
 
 @dataclass(frozen=True)
 class DataAtHand:
-    """What a run knows of its images: the folder of all, and what they go through before the model's own resize."""
+    """What a run knows of its images.
+
+    ``root`` is the folder of all, ``augmentations`` what they go through before the model's own resize.
+    """
 
     root: Path | None = None
     augmentations: Transform | None = None
+    files: Sequence[ListedFile] = ()
 
     @classmethod
     def of(cls, loaders: object, pre_processor: object) -> DataAtHand:
         """What loaders tell."""
-        return cls(common_folder(loaders), augmentations_of(loaders, pre_processor))
+        return cls(common_folder(loaders), augmentations_of(loaders, pre_processor), named_files(loaders))
 
 
 def augmentations_of(loaders: object, pre_processor: object) -> Transform | None:

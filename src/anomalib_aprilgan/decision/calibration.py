@@ -51,11 +51,14 @@ class Calibration:
             to such, or a folder with a folder of each name.
         false_positive_rate: Share of good parts that may be taken for anomalous, in ``(0, 0.5]``.
         seed: Seed of the variants.
+        contamination: Share of the references that may be defective, in ``[0, 0.5]``: so many, those with the highest
+            maps, are left out.
     """
 
     normals: References
     false_positive_rate: float = 0.01
     seed: int = 0
+    contamination: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise if the share is out of range."""
@@ -138,14 +141,27 @@ class Calibration:
         self, images: Sequence[Tensor], tiles: Callable[[Tensor], int], score: Score
     ) -> list[tuple[Tensor, Tensor]]:
         ends = np.cumsum([tiles(image) for image in images]).tolist()
-        number = max(_LEAST_VARIANTS, math.ceil((self.least + 1) / len(images)))
-        scores = []
         single = len(images) == 1
-        for place, (image, start, end) in enumerate(zip(images, [0, *ends[:-1]], ends, strict=True)):
-            held_out = () if single else range(start, end)
-            variants = (light_variant(image, (self.seed, place, variant), cut=single) for variant in range(number))
-            scores += [score(image, held_out), *(score(variant, held_out) for variant in variants)]
+        held_out = [() if single else range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        taken = list(range(len(images)))
+        if self.contamination:
+            highest = [score(image, without)[1] for image, without in zip(images, held_out, strict=True)]
+            taken = likely_good(torch.stack(highest), self.contamination)
+        number = max(_LEAST_VARIANTS, math.ceil((self.least + 1) / len(taken)))
+        scores = []
+        for place in taken:
+            variants = (light_variant(images[place], (self.seed, place, one), cut=single) for one in range(number))
+            scores += [score(image, held_out[place]) for image in (images[place], *variants)]
         return scores
+
+
+def likely_good(statistics: Tensor, contamination: float) -> list[int]:
+    """Places, ascending, of the images of which most are good where the share ``contamination`` is defective at most.
+
+    They are those with the lowest map statistics ``(K,)``, each held out; the share that is left out is rounded up.
+    """
+    left_out = math.ceil(contamination * len(statistics) - 1e-9)
+    return sorted(statistics.argsort(stable=True)[: max(1, len(statistics) - left_out)].tolist())
 
 
 def light_variant(image: Tensor, seed: tuple[int, int, int], *, cut: bool = False) -> Tensor:

@@ -18,6 +18,7 @@ from ..checks import check_bool, check_number, check_share
 from ..classes import Classes, images_of_row, rows_of
 from ..running import FullPrecision, align_metrics
 from .fusion import ScoreFusion
+from .good_parts import GoodParts
 from .learning import RowLearner
 from .scale import Bounds, scaled
 from .values import BUFFERS, ClassValues
@@ -76,7 +77,7 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
             image_sensitivity=image_sensitivity,
             pixel_sensitivity=pixel_sensitivity,
         )
-        self.fusion = fusion
+        self.fusion, self.good_parts = fusion, GoodParts()
         self._sensitivity_of_new = {"image_sensitivity": image_sensitivity, "pixel_sensitivity": pixel_sensitivity}
         self.fuse_map_maximum = fuse_map_maximum
         self.map_limit = self.map_ceiling = map_limit
@@ -103,6 +104,7 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
             owner, _, buffer = name.rpartition(".")
             values = torch.stack([self.get_buffer(name)[source or 0] for source in sources])
             setattr(self.get_submodule(owner), buffer, values)
+        self.good_parts.set_rows(sources)
         for level in ("image_sensitivity", "pixel_sensitivity"):
             if isinstance(given := getattr(self, level), list):
                 default = self._sensitivity_of_new[level]
@@ -178,17 +180,13 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         ``rows`` ``(B,)`` is the class of each image. Several classes and no rows give a ValueError, and so does a
         missing score or map.
         """
-        score, anomaly_map = predictions.pred_score, predictions.anomaly_map
-        if score is None or (anomaly_map is None and self.fuse_map_maximum):
-            msg = "The few-shot score is fused from `pred_score` and `anomaly_map`, and one of them is missing."
-            raise ValueError(msg)
+        (text_probability, statistic), anomaly_map = self._parts_of(predictions), predictions.anomaly_map
         several = len(self.fixed) > 1
         if several and rows is None:
             msg = f"`rows` are needed to choose among the classes {self.classes.names}, got None."
             raise ValueError(msg)
         rows = rows if several else None
-        statistic = self.fusion.statistic(anomaly_map) if self.fuse_map_maximum and anomaly_map is not None else None
-        score, label = self.decide_scores(score, statistic, rows)
+        score, label = self.decide_scores(text_probability, statistic, rows)
         mask = None
         if anomaly_map is not None:
             floor = torch.zeros_like(self.pixel_min)
@@ -200,12 +198,28 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         self, text_probability: Tensor, statistic: Tensor | None, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Scores ``(B,)`` as they leave here, fused where there is a map statistic ``(B,)``, and their labels."""
-        score, rows = text_probability, rows if len(self.fixed) > 1 else None
         floor, ceiling = torch.zeros_like(self.image_min), torch.ones_like(self.image_min)
         if statistic is not None:
-            score = self.fusion(score, statistic, rows)
             floor, ceiling = self.fusion.range(self.map_ceiling)
-        return self._decide("image", score, floor, ceiling, rows)
+        score = self.fused(text_probability, statistic, rows)
+        return self._decide("image", score, floor, ceiling, rows if len(self.fixed) > 1 else None)
+
+    def fused(self, text_probability: Tensor, statistic: Tensor | None, rows: Tensor | None) -> Tensor:
+        """Raw scores ``(B,)``, which are cut at: fused where there is a map statistic ``(B,)``."""
+        if statistic is None:
+            return text_probability
+        score: Tensor = self.fusion(text_probability, statistic, rows if len(self.fixed) > 1 else None)
+        return score
+
+    def _parts_of(self, predictions: InferenceBatch) -> tuple[Tensor, Tensor | None]:
+        """Text probability and, where scores are fused, map statistic; a ValueError where one of them is missing."""
+        score, anomaly_map = predictions.pred_score, predictions.anomaly_map
+        if score is None or (anomaly_map is None and self.fuse_map_maximum):
+            msg = "The few-shot score is fused from `pred_score` and `anomaly_map`, and one of them is missing."
+            raise ValueError(msg)
+        if anomaly_map is None or not self.fuse_map_maximum:
+            return score, None
+        return score, self.fusion.statistic(anomaly_map)
 
     def _decide(
         self, level: Level, values: Tensor, floor: Tensor, ceiling: Tensor, rows: Tensor | None
@@ -222,8 +236,11 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         return (on_scale if self.enable_normalization else values), decided
 
     def post_process_batch(self, batch: Any, rows: Tensor | None = None) -> None:  # noqa: ANN401  # anomalib's batch
-        """Fuse, scale and threshold a batch in place (test and predict)."""
-        predictions = self(InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map), rows)
+        """Fuse, scale and threshold a batch in place (test and predict), and give it ``raw_score`` and ``p_value``."""
+        raw = InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map)
+        predictions = self(raw, rows)
+        batch.raw_score = self.fused(*self._parts_of(raw), rows)
+        batch.p_value = self.good_parts.p_values(batch.raw_score, rows if len(self.fixed) > 1 else None)
         batch.update(**predictions._asdict())
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *_: object) -> None:

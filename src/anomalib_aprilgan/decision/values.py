@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from .post_processing import AprilGANPostProcessor
 
@@ -45,9 +48,20 @@ class ClassValues:
         self._post_processor.fixed[self._row] = True
 
     def take(self, values: Mapping[str, float]) -> None:
-        """Set some of ``values``, without fixing them."""
+        """Set some of ``values``, without fixing them; scores of good parts are those of one fusion, and go with it."""
+        if {"map_maximum_min", "map_maximum_max"} & set(values):
+            self.set_good_parts(torch.empty(0), torch.empty(0, 0))
         for name, value in values.items():
             self._post_processor.get_buffer(BUFFERS[name])[self._row] = value
+
+    def set_good_parts(self, scores: Tensor, features: Tensor) -> None:
+        """Replace scores ``(n,)``, raw and fused, and image features ``(m, D)`` of held-out good parts."""
+        number_of_rows = len(self._post_processor.fixed)
+        self._post_processor.good_parts.set_row(self._row, number_of_rows, scores, features)
+
+    def good_parts(self) -> tuple[Tensor, Tensor]:
+        """Scores ``(n,)`` and image features ``(m, D)`` of held-out good parts; empty where there are none."""
+        return self._post_processor.good_parts.of_row(self._row)
 
     def set_defaults(self, map_limit: float, map_low: float = 0.0, pixel_threshold: float | None = None) -> None:
         """Bounds and thresholds until a validation tells better ones; nothing is fixed any more.

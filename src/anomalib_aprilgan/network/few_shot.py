@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,27 @@ class FewShotScorer(nn.Module, ABC):
     def fill(self, row: int, images: Tensor, output: VisionOutput) -> None:
         """Forget the references of a class and remember these."""
 
+    def add(self, row: int, images: Tensor, output: VisionOutput) -> None:
+        """Remember these images of a class too, after those that are remembered already."""
+        before = self.features(row)
+        self.fill(row, images, output)
+        features = self.features(row)
+        self.set_features(row, before)
+        self.extend(row, features)
+
+    def extend(self, row: int, features: Tensor) -> None:
+        """Append features of further images, as ``features`` returned them."""
+        self.set_features(row, torch.cat([self.features(row), features]))
+
+    def drop_last(self, row: int, number: int) -> None:
+        """Forget the images of a class that were added last, so many."""
+        features = self.remembered[row].get_buffer("features")
+        kept = features[: len(features) - number]
+        self.set_features(row, kept.clone() if len(kept) else features.new_empty(0))
+
+    def condense(self, row: int) -> None:
+        """Keep as much of a class as the scorer is meant to; called once all of its references were added."""
+
     @abstractmethod
     def distance_maps(
         self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
@@ -70,6 +91,14 @@ class FewShotScorer(nn.Module, ABC):
 
     def check_features(self, features: Tensor) -> None:
         """Raise a ValueError for features, from a checkpoint, that this scorer cannot have made."""
+
+    def make_room(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        """Have buffers for the tensors of a class, by name, which a checkpoint holds and which are loaded next.
+
+        Tensors that this scorer cannot have made are a ValueError.
+        """
+        self.check_features(tensors["features"])
+        self.set_features(row, torch.empty_like(tensors["features"]))
 
     def set_features(self, row: int, features: Tensor) -> None:
         """Replace what is remembered of a class."""

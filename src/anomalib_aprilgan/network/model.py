@@ -21,12 +21,14 @@ class RawPredictions(NamedTuple):
     """What the network says of a batch, before any fusion, scale or threshold; fp32.
 
     Zero-shot scores ``(B,)`` in ``[0, 1]``; maps ``(B, H, W)`` in ``[0, map_ceiling]`` of the network; and for each
-    stage the normal and the anomalous probability ``(B, 2, H, W)``.
+    stage the normal and the anomalous probability ``(B, 2, H, W)``. CLIP's image features ``(B, D)``, of any length;
+    ``None`` for images in tiles.
     """
 
     text_probability: Tensor
     anomaly_map: Tensor
     stage_probabilities: Sequence[Tensor] = ()
+    image_feature: Tensor | None = None
 
 
 class AprilGANModel(nn.Module):
@@ -154,8 +156,9 @@ class AprilGANModel(nn.Module):
             if self.few_shot is not None and few_shot:
                 anomaly_map = anomaly_map + self.few_shot.distance_maps(images, output, rows, without)
             anomaly_map = smooth(anomaly_map, self.smoothing_sigma)
-            score = text_probability(output.image_feature.float(), text_features, self.temperature)
-        return RawPredictions(score, anomaly_map, probabilities)
+            image_feature = output.image_feature.float()
+            score = text_probability(image_feature, text_features, self.temperature)
+        return RawPredictions(score, anomaly_map, probabilities, image_feature)
 
     def stage_probabilities(self, images: Tensor, rows: Tensor | None = None) -> list[Tensor]:
         """Probability maps ``(B, 2, H, W)`` of every stage, with gradients for the adapters; see ``predict``."""

@@ -5,7 +5,7 @@ Patches are in row-major order of their ``grid`` (rows, columns); a ``size`` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torchvision.transforms.v2.functional import gaussian_blur_image
 
 # The authors' constant (test.py), in place of CLIP's learned logit_scale.
 TEMPERATURE = 100.0
+# Cosine distance that no patch of two different photographs keeps to all over; rounding gives about 1e-7.
+_SAME_IMAGE = 1e-5
 
 
 def text_logits(features: Tensor, text_features: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -54,6 +56,50 @@ def nearest_normal_distance(patch_tokens: Tensor, bank: Iterable[Tensor]) -> Ten
         msg = "The memory bank is empty: fill it with `MemoryBank.fill` before asking for distances."
         raise RuntimeError(msg)
     return 1.0 - nearest
+
+
+def unlabelled_distance(
+    tokens: Sequence[Tensor], banks: Sequence[Sequence[Tensor]], lowest_share: float
+) -> list[Tensor]:
+    """Distance of every patch to references that may be defective, for every stage (MuSc, arXiv:2401.16753, sec. 3.3).
+
+    A patch is compared with every reference. The mean over the lowest share of these distances counts: over at least
+    one of them, and as many as the share gives, rounded down. A defect that a few references share stays far from most
+    of them. A reference that is the very image, all of whose patches are there at every stage, does not count, unless
+    it is the only one.
+
+    Args:
+        tokens: Patches ``(B, L, C)`` of every stage.
+        banks: For every stage the unit rows ``(N, C)`` of each of ``K`` references.
+        lowest_share: In ``(0, 1]``.
+
+    Returns:
+        ``(B, L)`` in ``[0, 2]`` for every stage.
+
+    Raises:
+        RuntimeError: There is no reference.
+    """
+    number = len(banks[0])
+    if not number:
+        nearest_normal_distance(tokens[0], ())  # raises
+    distances = [
+        torch.stack([nearest_normal_distance(stage, [reference]) for reference in bank])  # (K, B, L)
+        for stage, bank in zip(tokens, banks, strict=True)
+    ]
+    farthest = torch.stack([stage.amax(dim=-1) for stage in distances]).amax(dim=0)
+    is_itself = (farthest < _SAME_IMAGE) & (number > 1)  # (K, B)
+    others = number - is_itself.sum(dim=0)
+    counted = (others * lowest_share + 1e-6).floor().clamp(min=1)  # (B,)
+    most = max(1, int(number * lowest_share + 1e-6))
+    places = torch.arange(most, device=counted.device)
+    weights = (places[:, None] < counted) / counted  # (most, B)
+    found = []
+    for stage in distances:
+        # Beyond every distance, and finite: it is multiplied with 0.
+        apart = torch.where(is_itself[..., None], torch.full_like(stage, 4.0), stage)
+        lowest = apart.topk(most, dim=0, largest=False, sorted=True).values
+        found.append((lowest * weights[..., None]).sum(dim=0))
+    return found
 
 
 def distance_map(distance: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -10,13 +10,24 @@ from threading import RLock
 
 import torch
 
+from ..network.few_shot import FewShotScorer
 from ..network.model import AprilGANModel
 from ..settings import Settings
 from .decision import bounds_recipe, calibrate, set_bounds
-from .network import attach_clip, fill_memory_bank, load_adapters, set_classes, wanted_classes
+from .network import attach_clip, encoded, fill_memory_bank, load_adapters, set_classes, wanted_classes
 from .workplace import Made, Workplace
 
-__all__ = ["SETTING_UP", "Made", "Workplace", "attach_clip", "is_ready", "note_learned", "prepare"]
+__all__ = [
+    "SETTING_UP",
+    "Made",
+    "Workplace",
+    "attach_clip",
+    "encoded",
+    "is_ready",
+    "note_learned",
+    "prepare",
+    "recalibrate",
+]
 
 # Only one thread at a time makes a model ready; a lock of the model's own could be neither copied nor pickled.
 SETTING_UP = RLock()
@@ -55,6 +66,13 @@ def _prepare(place: Workplace, stage: str, *, single: bool) -> bool:
         renewed = set_bounds(place, row, outputs) or renewed
         if (calibration := settings.how_to_calibrate) is not None:
             calibrate(place, calibration, row)
+    scorer = place.network.few_shot
+    if scorer is not None and stage != "validate" and not _remembers(settings, made, scorer):
+        msg = (
+            "`batch_zero_shot` compares the image files of a test or prediction with each other, and there are none: "
+            "call `Engine.test` or `Engine.predict` with them, or compare with `references_unlabelled`."
+        )
+        raise ValueError(msg)
     if stage in {"validate", "test"}:
         made.provenance.warn_of_seen(place.datamodule)
     if settings.adapters is None and not made.has_trained:
@@ -76,7 +94,25 @@ def is_ready(settings: Settings, made: Made, network: AprilGANModel) -> bool:
     scorer = network.few_shot
     if settings.k_shot and scorer is None:
         return False
-    return scorer is None or all(scorer.number(row) for row in range(len(made.classes)))
+    return scorer is None or _remembers(settings, made, scorer)
+
+
+def _remembers(settings: Settings, made: Made, scorer: FewShotScorer) -> bool:
+    """Whether every class has references; where images serve each other, those that occur."""
+    numbers = [scorer.number(row) for row in range(len(made.classes))]
+    return any(numbers) if settings.remembering.batch_zero_shot else all(numbers)
+
+
+@torch.no_grad()
+@torch.inference_mode(mode=False)
+def recalibrate(place: Workplace, row: int) -> None:
+    """Calibrate the thresholds of a class anew after its memory bank has grown; others stay as they are.
+
+    Where nothing was calibrated, bounds and thresholds hold on: with more good parts distances can only be lower.
+    """
+    place.made.rows[row].bounds = bounds_recipe(place, row)
+    if (calibration := place.settings.how_to_calibrate) is not None:
+        calibrate(place, calibration, row)
 
 
 def note_learned(place: Workplace) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..clip.backbone import VisionOutput
 from ..data.references import content_digests, read_reference
-from ..decision.calibration import Calibration
+from ..decision.calibration import Calibration, Thresholds, likely_good
+from ..decision.post_processing import AprilGANPostProcessor
 from ..network.model import RawPredictions
 from ..recipe import Recipe, digest_of_tensors
 from .workplace import Workplace, tiles_of
@@ -42,7 +44,9 @@ def set_bounds(place: Workplace, row: int, outputs: Sequence[VisionOutput] = ())
         return False
     held_out = _held_out(place, row, outputs)
     low = min((place.fusion.statistic(raw.anomaly_map).item() for raw in held_out), default=0.0)
-    highest = max((raw.anomaly_map.amax().item() for raw in held_out), default=None)
+    maxima = torch.tensor([raw.anomaly_map.amax().item() for raw in held_out])
+    good = likely_good(maxima, place.settings.remembering.allowed) if held_out else []
+    highest = maxima[good].max().item() if good else None
     if post_processor is not None:
         post_processor.of_class(row).set_defaults(network.map_limit, low, highest)
     else:
@@ -61,8 +65,10 @@ def calibrate(place: Workplace, calibration: Calibration, row: int) -> None:
         "rate": calibration.false_positive_rate,
         "seed": calibration.seed,
     }
-    if place.augmentations is not None:
-        settled["augmentations"] = str(place.augmentations)
+    if calibration.from_references and calibration.contamination:
+        settled["contamination"] = calibration.contamination
+    if place.data.augmentations is not None:
+        settled["augmentations"] = str(place.data.augmentations)
     try:
         files = calibration.files_of(name, made.classes.names, recipes.references)
     except (FileNotFoundError, ValueError):
@@ -73,15 +79,7 @@ def calibrate(place: Workplace, calibration: Calibration, row: int) -> None:
     if recipes.calibration is not None and recipes.calibration.agrees(wanted):
         return
 
-    def score(image: Tensor, without: Collection[int]) -> tuple[Tensor, Tensor]:
-        raw = place.predict(image.to(place.device), place.row(row), without, None)
-        fused = raw.text_probability
-        if post_processor.fuse_map_maximum:
-            fused = place.fusion(fused, place.fusion.statistic(raw.anomaly_map), place.row(row))
-        return fused[0], raw.anomaly_map.amax()
-
-    post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
-    found = calibration.thresholds(files, lambda image: len(tiles_of(place, image)), score, place.augmented)
+    found = _thresholds(place, row, calibration, files, post_processor)
     post_processor.of_class(row).set_values(image_threshold=found.image, pixel_threshold=found.pixel)
     recipes.calibration = wanted
     logger.info(
@@ -93,6 +91,31 @@ def calibrate(place: Workplace, calibration: Calibration, row: int) -> None:
     )
 
 
+def _thresholds(
+    place: Workplace, row: int, calibration: Calibration, files: Sequence[Path], post_processor: AprilGANPostProcessor
+) -> Thresholds:
+    """Thresholds of a class from these normal images, and what held-out ones look like, noted in the post-processor."""
+    scores: list[Tensor] = []
+    features: list[Tensor] = []
+
+    def score(image: Tensor, without: Collection[int]) -> tuple[Tensor, Tensor]:
+        raw = place.predict(image.to(place.device), place.row(row), without, None)
+        fused = raw.text_probability
+        if post_processor.fuse_map_maximum:
+            fused = place.fusion(fused, place.fusion.statistic(raw.anomaly_map), place.row(row))
+        if not calibration.from_references:  # those know what they are compared with
+            scores.append(fused)
+            features.extend([] if raw.image_feature is None else [raw.image_feature])
+        return fused[0], raw.anomaly_map.amax()
+
+    post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
+    found = calibration.thresholds(files, lambda image: len(tiles_of(place, image)), score, place.augmented)
+    if scores:
+        known = torch.cat(features) if features else torch.empty(0, 0)
+        post_processor.of_class(row).set_good_parts(torch.cat(scores), known)
+    return found
+
+
 def bounds_recipe(place: Workplace, row: int) -> Recipe:
     """What bounds and thresholds of a class rest on."""
     settings, recipes = place.settings, place.made.rows[row]
@@ -100,6 +123,7 @@ def bounds_recipe(place: Workplace, row: int) -> Recipe:
     has_bank = scorer is not None and scorer.number(row) > 0 and fused
     maps = {"image_size": settings.architecture.image_size, "smoothing_sigma": settings.smoothing_sigma}
     tiles = None if settings.tile_size is None else [settings.tile_size, settings.tile_overlap]
+    accepted, allowed = recipes.accepted_contents if has_bank else [], settings.remembering.allowed
     return Recipe.of(
         adapters=digest_of_tensors(place.network.adapters.state_dict()),
         stages=settings.stages,
@@ -108,6 +132,8 @@ def bounds_recipe(place: Workplace, row: int) -> Recipe:
         fusion=[settings.score_fusion, settings.top_share],
         tiles=tiles,
         **maps,
+        **({"accepted": accepted} if accepted else {}),
+        **({"contamination": allowed} if has_bank and allowed else {}),
     )
 
 

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..classes import Classes
+from ..classes import Classes, classes_of_files
 from ..clip.backbone import VisionOutput, load_clip
 from ..clip.hub import is_on_hub
 from ..clip.prompts import ALIASES
 from ..clip.vision_tower import load_tower
 from ..data.listing import class_name_of
 from ..data.pre_processing import describe, prepared
-from ..data.references import ReferenceSource, content_digests, read_reference, references_of_class
+from ..data.reading import UnreadableImageError
+from ..data.references import (
+    ReferenceSource,
+    content_digests,
+    draw_references,
+    read_reference,
+    references_of_class,
+)
+from ..network.few_shot import FewShotScorer
 from ..network.memory_bank import VisionMemoryBank
 from ..network.model import AprilGANModel
 from ..provenance import check_shapes, digest_of_adapters, load_resolved_adapters, resolve_adapters
-from ..recipe import Recipe, RowRecipes
+from ..recipe import Recipe, RowRecipes, digest
+from ..remembering import LEAST_UNLABELLED, Remembering
 from ..settings import Settings
 from .workplace import Made, Workplace, tiles_of
 
@@ -27,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Of the one class that nothing tells.
 _OBJECT = "object"
+# References that go through CLIP before any of them is forgotten, at most.
+_ENCODED_TOGETHER = 16
 
 
 def attach_clip(settings: Settings, made: Made, network: AprilGANModel, device: torch.device) -> None:
@@ -135,9 +150,11 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
         FileNotFoundError: A reference is missing.
         ValueError: The class has no references, too few, or an unreadable one.
     """
-    network, recipes, scorer = place.network, place.made.rows[row], place.network.few_shot
+    recipes, scorer = place.made.rows[row], place.network.few_shot
     if scorer is None or not place.settings.k_shot:
         return []
+    if place.settings.remembering.batch_zero_shot:
+        return _fill_from_batch(place, row, scorer)
     name, source = place.made.classes.names[row], _reference_source(place, row)
     settled = _bank_recipe(place)
     remembered = recipes.bank is not None and recipes.bank.agrees(settled, "references", "preparing", "augmentations")
@@ -156,18 +173,79 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
         if remembered and scorer.number(row) and asked == recipes.asked:
             return []  # those of a checkpoint, whose images may be gone
         raise
-    wanted = _bank_recipe(place, content_digests(files))
+    contents = content_digests(files)
+    wanted = _bank_recipe(place, contents)
     outputs: list[VisionOutput] = []
     if recipes.bank is None or not scorer.number(row) or not recipes.bank.agrees(wanted):
-        given = (place.augmented(read_reference(file)) for file in files)
-        images = torch.cat([prepared(place.pre_processor, tiles_of(place, image)) for image in given])
-        outputs = [network.encode(image) for image in torch.split(images, 1)]
-        scorer.fill(row, images, VisionOutput.cat(outputs))
+        outputs = _remember(place, row, (read_reference(file) for file in files))
         if recipes.bounds is not None and not recipes.bounds.ingredients:
             recipes.bounds = None  # of a checkpoint of 0.1.0, which does not tell what they rest on
-    recipes.bank, recipes.asked, recipes.references = wanted, asked, [str(file) for file in files]
+    recipes.bank, recipes.asked = wanted, asked
+    recipes.references, recipes.contents = [str(file) for file in files], list(contents)
     logger.info("References of %s: %s", name, ", ".join(recipes.references))
+    return outputs
+
+
+def encoded(place: Workplace, images: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[VisionOutput]]]:
+    """Normal images ``(1, 3, H, W)``, or their tiles, a few at a time, as the network takes them and encoded."""
+    side_by_side = _ENCODED_TOGETHER if place.settings.tile_size is None else 1
+    given = (prepared(place.pre_processor, tiles_of(place, place.augmented(image))) for image in images)
+    while group := list(islice(given, side_by_side)):
+        together = torch.cat(group)
+        yield together, [place.network.encode(image) for image in torch.split(together, 1)]
+
+
+def _remember(place: Workplace, row: int, images: Iterable[Tensor]) -> list[VisionOutput]:
+    """Fill the bank of a class; returns CLIP's output where the images are few and untiled, else nothing."""
+    scorer, recipes = place.network.few_shot, place.made.rows[row]
+    if scorer is None:
+        return []
+    accepted = scorer.features(row)[-recipes.accepted_parts :] if recipes.accepted_parts else None
+    fill, outputs, number = scorer.fill, list[VisionOutput](), 0
+    for together, of_group in encoded(place, images):
+        fill(row, together, VisionOutput.cat(of_group))
+        fill, number = scorer.add, number + len(of_group)
+        outputs = [*outputs, *of_group] if number <= _ENCODED_TOGETHER else []
+    scorer.condense(row)
+    if accepted is not None:
+        scorer.extend(row, accepted)
     return outputs if place.settings.tile_size is None else []
+
+
+def _fill_from_batch(place: Workplace, row: int, scorer: FewShotScorer) -> list[VisionOutput]:
+    """Remember the images under inspection that are of a class; a ValueError where they are none or too few."""
+    settings, classes, recipes = place.settings, place.made.classes, place.made.rows[row]
+    name = None if place.datamodule is None else class_name_of(place.datamodule)
+    found = classes_of_files(classes, [file.path for file in place.data.files], name, place.data.root)
+    named = [file.class_name or told for file, told in zip(place.data.files, found, strict=True)]
+    rows = classes.rows(named) if len(classes) > 1 else [0] * len(named)
+    paths = sorted(Path(file.path) for file, own in zip(place.data.files, rows, strict=True) if own == row)
+    if not paths:
+        return []
+    drawn = draw_references(paths, min(settings.k_shot, len(paths)), settings.seed, "the data")
+    asked = digest(" ".join(content_digests(drawn)).encode())
+    wanted = _bank_recipe(place)
+    if scorer.number(row) and asked == recipes.asked and recipes.bank is not None and recipes.bank.agrees(wanted):
+        return []
+    readable: list[Path] = []
+    outputs = _remember(place, row, _readable(drawn, readable))
+    if scorer.number(row) < LEAST_UNLABELLED:
+        msg = (
+            f"`batch_zero_shot` compares the images of {classes.names[row]!r} with each other, and needs at least "
+            f"{LEAST_UNLABELLED} that can be read; got {scorer.number(row)}."
+        )
+        raise ValueError(msg)
+    recipes.bank, recipes.asked, recipes.references = wanted, asked, [str(file) for file in readable]
+    return outputs
+
+
+def _readable(files: Sequence[Path], readable: list[Path]) -> Iterator[Tensor]:
+    """The images that can be read; their files are added to ``readable``."""
+    for file in files:
+        with suppress(UnreadableImageError):  # reported where the image itself is inspected
+            image = read_reference(file)
+            readable.append(file)
+            yield image
 
 
 def clip_recipe(place: Workplace) -> Recipe:
@@ -178,6 +256,7 @@ def clip_recipe(place: Workplace) -> Recipe:
 
 def _bank_recipe(place: Workplace, references: Sequence[str] = ()) -> Recipe:
     settings, tower = place.settings, place.settings.memory_tower
+    settled = settings.remembering.settled
     of_tower = {} if tower is None else {"tower": [tower.name, tower.image_size, place.made.memory_tower]}
     return Recipe.of(
         **of_tower,
@@ -186,9 +265,10 @@ def _bank_recipe(place: Workplace, references: Sequence[str] = ()) -> Recipe:
         scorer=[settings.few_shot, settings.memory_stages, settings.neighbourhood],
         tile_size=settings.tile_size,
         preparing=[describe(place.pre_processor), place.precision],
-        augmentations=None if place.augmentations is None else str(place.augmentations),
+        augmentations=None if place.data.augmentations is None else str(place.data.augmentations),
         references=references,
         number=settings.k_shot,
+        **({} if settled == Remembering().settled else {"remembering": settled}),
     )
 
 

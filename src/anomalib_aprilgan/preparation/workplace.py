@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataModule
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Transform
 
 from ..classes import Classes
 from ..clip.backbone import VisionOutput
+from ..data.listing import DataAtHand
 from ..data.references import augmented
 from ..decision.fusion import ScoreFusion
 from ..decision.post_processing import AprilGANPostProcessor
@@ -55,8 +55,8 @@ class Workplace:
     """What the functions here work on.
 
     ``post_processor`` is ``None`` for one that is not ours; ``own_fusion`` then fuses the scores. ``precision`` names
-    that in which images are encoded. ``augmentations`` are what the images under inspection go through, and normal ones
-    with them. ``predict`` is ``AprilGAN.predict``.
+    that in which images are encoded. ``data`` is what a run knows of its images; normal ones go through the same
+    augmentations. ``predict`` is ``AprilGAN.predict``.
     """
 
     settings: Settings
@@ -66,13 +66,13 @@ class Workplace:
     post_processor: AprilGANPostProcessor | None
     datamodule: AnomalibDataModule | None
     pre_processor: nn.Module | None
-    augmentations: Transform | None
+    data: DataAtHand
     precision: str
     predict: Callable[[Tensor, Tensor | None, Collection[int], VisionOutput | None], RawPredictions]
     device: torch.device
 
     @classmethod
-    def of(cls, model: Any, augmentations: Transform | None) -> Workplace:  # noqa: ANN401  # an AprilGAN, a layer above
+    def of(cls, model: Any, data: DataAtHand | None) -> Workplace:  # noqa: ANN401  # an AprilGAN, a layer above
         """What an ``AprilGAN`` is made ready with now."""
         post_processor = model.post_processor
         return cls(
@@ -83,7 +83,7 @@ class Workplace:
             post_processor=post_processor if isinstance(post_processor, AprilGANPostProcessor) else None,
             datamodule=datamodule_of(model),
             pre_processor=model.pre_processor,
-            augmentations=augmentations,
+            data=data or DataAtHand(),
             precision=precision_of(model)[0],
             predict=model.predict,
             device=model.device,
@@ -96,7 +96,7 @@ class Workplace:
 
     def augmented(self, image: Tensor) -> Tensor:
         """A normal image ``(1, 3, H, W)`` after what the images under inspection go through."""
-        return augmented(image, self.augmentations, self.settings.seed)
+        return augmented(image, self.data.augmentations, self.settings.seed)
 
     def row(self, row: int) -> Tensor:
         """A row as a batch of one image carries it."""

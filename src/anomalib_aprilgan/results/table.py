@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from anomalib.data import ImageBatch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..checks import check_text
 from ..classes import names_of, rows_of
 from ..data.listing import listed_files
 from ..data.reading_hooks import unreadable_files
+from ..decision.post_processing import AprilGANPostProcessor
 from ..files import check_writable, unwritable_named, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter, loaders_of
+from .drift import DriftMonitor
 
 _UNREADABLE, _UNDECIDED = "unreadable", "undecided"
 
@@ -33,10 +36,14 @@ class Row(NamedTuple):
     class_name: str
     score: str
     decision: str
-    label: str
+    label: str = ""
+    p_value: str = ""
+    drift: str = ""
 
 
 _HEADER = Row(*Row._fields)
+# A prediction has no labels, a test has defects on purpose, and p-values and drift need good parts to compare with.
+_ALWAYS, _IN_TESTS, _IN_PREDICTIONS = Row._fields[:4], {"label", "p_value"}, {"p_value", "drift"}
 
 
 class DecisionsWriter(ResultWriter):
@@ -46,6 +53,12 @@ class DecisionsWriter(ResultWriter):
     "unreadable"), and in a test ``label``; every field is quoted. The score is the post-processed one, with the digits
     that give its float back; without a post-processor it is raw and there is no decision. A score that is not a number
     leaves an image undecided. A file that could not be read has no score.
+
+    Where thresholds were calibrated with held-out good parts, two columns follow. ``p_value`` is the share of those
+    parts that score at least this; see ``anomalib_aprilgan.decision.good_parts.GoodParts.p_values``. In a prediction
+    ``drift`` tells whether the latest images are like those parts: "no", "scores", "images", "scores and images"; see
+    ``anomalib_aprilgan.results.drift.DriftMonitor``. What has changed is warned of once for each class, and told when
+    the run ends. No decision hangs on it.
 
     The table grows batch by batch, so that a run that is ended keeps what it got to; an older table goes with the first
     batch. When the run ends, the rows come into the order of the data. The first of several processes writes those of
@@ -60,12 +73,13 @@ class DecisionsWriter(ResultWriter):
         super().__init__()
         self.path = None if path is None else Path(check_text("path", path, "a file to write"))
         self._rows: list[Row] = []
+        self._monitors: dict[int, DriftMonitor] = {}
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Begin a table; an OSError where its folder cannot be written."""
         del pl_module, loaders
         check_writable(self._path(trainer).parent)
-        self._rows = []
+        self._rows, self._monitors = [], {}
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
         """Add the rows of a batch, and of the files before it that could not be read."""
@@ -77,33 +91,58 @@ class DecisionsWriter(ResultWriter):
             scores,
             map(_decision, scores, _words(batch.pred_label, batch.batch_size)),
             _words(batch.gt_label, batch.batch_size),
+            _p_values(batch),
+            [""] * batch.batch_size if trainer.testing else self._drift(batch, pl_module),
         )
-        self._append(trainer, [*self._new_unreadable(loaders_of(trainer)), *rows])
+        columns = _columns(trainer, pl_module)
+        self._append(trainer, columns, [*self._new_unreadable(loaders_of(trainer)), *rows])
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Put the rows of all processes into the order of the data."""
-        del pl_module
+        names = names_of(pl_module)
         self._rows += self._new_unreadable(loaders)
         rows = in_order([row for rows in all_gather_object(self._rows) for row in rows], listed_files(loaders))
-        path = self._path(trainer)
+        path, columns = self._path(trainer), _columns(trainer, pl_module)
         if not trainer.is_global_zero:
             path.unlink(missing_ok=True)
             return
-        write_atomically(path, lambda file: file.write(_as_csv(trainer, [_HEADER, *rows])))
+        write_atomically(path, lambda file: file.write(_as_csv(columns, [_HEADER, *rows])))
         rank_zero_info(f"Decisions on {len(rows)} images: {path}")
+        for row, monitor in sorted(self._monitors.items()):
+            rank_zero_info(f"Drift of {names[row]!r} in {monitor.seen} images: {monitor.first or 'none'}")
 
-    def _append(self, trainer: Trainer, rows: list[Row]) -> None:
+    def _drift(self, batch: ImageBatch, pl_module: LightningModule) -> list[str]:
+        """What has changed at each image of a batch, where good parts are known; see ``DriftMonitor``."""
+        scores: torch.Tensor | None = getattr(batch, "raw_score", None)
+        post_processor = getattr(pl_module, "post_processor", None)
+        if scores is None or not isinstance(post_processor, AprilGANPostProcessor):
+            return [""] * batch.batch_size
+        features: torch.Tensor | None = getattr(batch, "image_feature", None)
+        found = []
+        for place, row in enumerate(rows_of(pl_module, batch).tolist()):
+            monitor = self._monitors.get(row)
+            if monitor is None:
+                good = [part.cpu().numpy() for part in post_processor.of_class(row).good_parts()]
+                monitor = self._monitors.setdefault(row, DriftMonitor(*good))
+            known = monitor.first
+            feature = None if features is None else F.normalize(features[place].float(), dim=0).cpu().numpy()
+            found.append(monitor.update(scores[place].item(), feature))
+            if known is None and monitor.first is not None:
+                rank_zero_warn(f"Drift of {names_of(pl_module)[row]!r} at {monitor.first}. Decisions are unchanged.")
+        return found
+
+    def _append(self, trainer: Trainer, columns: Sequence[int], rows: list[Row]) -> None:
         path = self._path(trainer)
         if not self._rows:
-            write_atomically(path, lambda file: file.write(_as_csv(trainer, [_HEADER, *rows])))
+            write_atomically(path, lambda file: file.write(_as_csv(columns, [_HEADER, *rows])))
         else:
             with unwritable_named(path), path.open("ab", buffering=0) as file:
-                file.write(_as_csv(trainer, rows))
+                file.write(_as_csv(columns, rows))
         self._rows += rows
 
     def _new_unreadable(self, loaders: object) -> list[Row]:
         known = sum(row.decision == _UNREADABLE for row in self._rows)
-        return [Row(str(path), "", "", _UNREADABLE, "") for path in unreadable_files(loaders)[known:]]
+        return [Row(str(path), "", "", _UNREADABLE) for path in unreadable_files(loaders)[known:]]
 
     def _path(self, trainer: Trainer) -> Path:
         path = self.path or Path(trainer.default_root_dir) / "decisions.csv"
@@ -128,6 +167,13 @@ def _scores(scores: torch.Tensor | None, number: int) -> list[str]:
     return [""] * number if scores is None else [str(score) for score in scores.float().cpu().numpy()]
 
 
+def _p_values(batch: ImageBatch) -> list[str]:
+    values: torch.Tensor | None = getattr(batch, "p_value", None)
+    if values is None:
+        return [""] * batch.batch_size
+    return [f"{value:.6g}" if math.isfinite(value) else "" for value in values.tolist()]
+
+
 def _decision(score: str, word: str) -> str:
     return _UNDECIDED if word and not math.isfinite(float(score or "nan")) else word
 
@@ -145,8 +191,17 @@ def _class_names(batch: ImageBatch, pl_module: LightningModule) -> Sequence[str]
     return named or [known[0] if known else ""] * batch.batch_size
 
 
-def _as_csv(trainer: Trainer, rows: Iterable[Row]) -> bytes:
-    columns = len(Row._fields) if trainer.testing else len(Row._fields) - 1  # labels are known in tests alone
+def _columns(trainer: Trainer, pl_module: LightningModule) -> list[int]:
+    """Places of the fields of a row that a table has."""
+    chosen = {*_ALWAYS, *(_IN_TESTS if trainer.testing else _IN_PREDICTIONS)}
+    post_processor = getattr(pl_module, "post_processor", None)
+    if not isinstance(post_processor, AprilGANPostProcessor) or post_processor.good_parts.scores is None:
+        chosen -= {"p_value", "drift"}
+    return [place for place, name in enumerate(Row._fields) if name in chosen]
+
+
+def _as_csv(columns: Sequence[int], rows: Iterable[Row]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(row[:columns] for row in rows)
+    fields = ([row[place] for place in columns] for row in rows)
+    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(fields)
     return text.getvalue().encode(errors="surrogateescape")  # file names need not be valid Unicode

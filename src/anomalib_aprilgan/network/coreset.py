@@ -1,0 +1,31 @@
+"""Which patches stand for all of a memory bank (PatchCore, arXiv:2106.08265, sec. 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from anomalib.models.components import KCenterGreedy
+from torch import Tensor
+
+from ..running import seeded
+
+
+def coreset_indices(patches: Tensor, size: int, seed: int) -> Tensor:
+    """Indices ``(size,)`` of patches ``(N, C)`` that lie as far apart as can be: anomalib's k-center greedy.
+
+    They are on the device of the patches, in ascending order. The same seed gives the same choice. A ValueError where
+    there are fewer patches.
+    """
+    if size > len(patches):
+        msg = (
+            f"`memory_size` must be at most the {len(patches)} patches that the references have at a stage, got "
+            f"{size}. Ask for fewer, give more references, or leave it out to keep all."
+        )
+        raise ValueError(msg)
+    if size == len(patches):
+        return torch.arange(size, device=patches.device)
+    with seeded(seed):
+        # Half a patch more, so that no rounding takes one away.
+        sampler = KCenterGreedy(patches.float().cpu(), (size + 0.5) / len(patches))
+        sampler.model.random_state = seed  # its own generator
+        chosen = sampler.select_coreset_idxs()
+    return torch.tensor(sorted(chosen), device=patches.device)
