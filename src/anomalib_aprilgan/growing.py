@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .clip.backbone import VisionOutput
 from .data.references import OneClass, content_digests, list_references, read_reference
+from .network.memory_bank import MemoryBank
 from .network.model import AprilGANModel
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, encoded, is_ready, recalibrate
 from .recipe import Acceptance, RowRecipes
@@ -101,15 +102,15 @@ class Growing:
         """
         rows = range(len(self.made.rows)) if class_name is None else [self.made.classes.row(class_name)]
         accepted = [(self.made.rows[row].accepted[-1].when, row) for row in rows if self.made.rows[row].accepted]
-        scorer = self.model.few_shot
-        if not accepted or scorer is None:
+        bank = self.model.few_shot
+        if not accepted or not isinstance(bank, MemoryBank):
             of_class = "" if class_name is None else f" for {class_name!r}"
             msg = f"`undo_accept`: nothing was accepted{of_class}, so that there is nothing to take back."
             raise ValueError(msg)
         row = max(accepted)[1]
         recipes = self.made.rows[row]
         acceptance = recipes.accepted.pop()
-        scorer.drop_last(row, acceptance.parts)
+        bank.drop_accepted(row, acceptance.parts)
         place = Workplace.of(self, None)
         _restore_values(place, row, acceptance.values)
         earlier = RowRecipes.from_dict(acceptance.recipes)
@@ -163,7 +164,11 @@ class Growing:
             kind = "unlabelled images" if settings.remembering.is_unlabelled else "no references (`k_shot` is 0)"
             msg = f"`accept` adds to a memory bank of verified good parts, and this model compares with {kind}."
             raise ValueError(msg)
-        return self._inspectable(class_name)
+        place, row = self._inspectable(class_name)
+        if not isinstance(self.model.few_shot, MemoryBank):
+            msg = f"`accept` is for `few_shot='memory_bank'`, and the model has {settings.few_shot!r}."
+            raise ValueError(msg)
+        return place, row
 
     def _scores(self, images: Sequence[Tensor], row: int) -> list[float]:
         return [self._judged(image, row)[0] for image in images]
@@ -189,13 +194,13 @@ class Growing:
 @torch.no_grad()
 def _join(place: Workplace, row: int, parts: Sequence[tuple[str, str, Tensor]]) -> None:
     """Add good parts, each a path, a digest of its content and an image, to the bank of a class, and write it down."""
-    recipes, scorer, number = place.made.rows[row], place.network.few_shot, 0
+    recipes, bank, number = place.made.rows[row], place.network.few_shot, 0
     held = _values_of(place, row)
     earlier = {"bounds": recipes.bounds, "calibration": recipes.calibration}
     for together, outputs in encoded(place, [image for _, _, image in parts]):
         number += len(together)
-        if scorer is not None:
-            scorer.add(row, together, VisionOutput.cat(outputs))
+        if isinstance(bank, MemoryBank):
+            bank.accept(row, together, VisionOutput.cat(outputs))
     changed: dict[str, list[float]] = {}
     recipes.accepted.append(
         Acceptance(
@@ -215,16 +220,16 @@ def _join(place: Workplace, row: int, parts: Sequence[tuple[str, str, Tensor]]) 
 @contextmanager
 def _all_or_nothing(place: Workplace, row: int) -> Iterator[None]:
     """Leave a class as it was where the block ends with an error."""
-    scorer, recipes = place.network.few_shot, place.made.rows[row]
+    bank, recipes = place.network.few_shot, place.made.rows[row]
     held = _values_of(place, row)
     before = recipes.bounds, recipes.calibration, list(recipes.accepted)
-    length = len(scorer.features(row)) if scorer is not None else 0
+    length = len(bank.accepted(row)) if isinstance(bank, MemoryBank) else 0
     try:
         yield
     except BaseException:
         recipes.bounds, recipes.calibration, recipes.accepted = before
-        if scorer is not None:
-            scorer.drop_last(row, len(scorer.features(row)) - length)
+        if isinstance(bank, MemoryBank):
+            bank.drop_accepted(row, len(bank.accepted(row)) - length)
         _restore_values(place, row, held)
         raise
 
@@ -235,12 +240,12 @@ def _values_of(place: Workplace, row: int) -> dict[str, list[float]]:
     if post_processor is None:
         return {"low": [place.fusion.low[row].item()], "high": [place.fusion.high[row].item()]}
     values = post_processor.of_class(row)
-    scores, features = values.good_parts()
+    scores, appearances = values.good_parts()
     return {
         **{name: [value] for name, value in values.values().items()},
         "fixed": [float(post_processor.fixed[row])],
         "scores": scores.tolist(),
-        "features": features.flatten().tolist(),
+        "appearances": appearances.flatten().tolist(),
     }
 
 
@@ -251,12 +256,12 @@ def _restore_values(place: Workplace, row: int, held: Mapping[str, list[float]])
         place.fusion.low[row], place.fusion.high[row] = given["low"][0], given["high"][0]
         return
     values = post_processor.of_class(row)
-    scores, features = values.good_parts()
+    scores, appearances = values.good_parts()
     scores = torch.tensor(given.pop("scores")) if "scores" in given else scores
-    if "features" in given:
-        flat = torch.tensor(given.pop("features"))
-        features = flat.view(-1, place.network.text_features.shape[1]) if len(flat) else torch.empty(0, 0)
+    if "appearances" in given:
+        flat = torch.tensor(given.pop("appearances"))
+        appearances = flat.view(-1, appearances.shape[1]) if len(flat) else torch.empty(0, 0)
     fixed = given.pop("fixed", [float(post_processor.fixed[row])])
     values.take({name: value for name, (value,) in given.items()})
-    values.set_good_parts(scores, features)
+    values.set_good_parts(scores, appearances)
     post_processor.fixed[row] = bool(fixed[0])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .clip.backbone import VisionOutput
 from .data.pre_processing import prepared
 from .network.model import AprilGANModel, RawPredictions
+from .network.scoring import mean_colour
 from .network.tiling import predict_in_tiles
 from .settings import Settings
 
@@ -41,4 +42,5 @@ def predict_images(
         raw = network.predict(prepared(pre_processor, tiles), of_tiles, without, few_shot=few_shot)
         return raw.text_probability, raw.anomaly_map
 
-    return RawPredictions(*predict_in_tiles(images, rows, settings.tile_size, settings.tile_overlap, predict))
+    found = predict_in_tiles(images, rows, settings.tile_size, settings.tile_overlap, predict)
+    return RawPredictions(*found, appearance=mean_colour(images))

@@ -322,7 +322,7 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
             loss = partial_adapter_loss(raw.stage_probabilities, mask)
             self.log("val_loss", loss, prog_bar=True, batch_size=batch.batch_size, sync_dist=True)
         predictions = self._fused(raw, rows)
-        vars(batch)["image_feature"] = raw.image_feature  # for whoever watches for drift
+        vars(batch)["appearance"] = raw.appearance  # for whoever watches for drift
         outputs: STEP_OUTPUT = batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         return outputs
 

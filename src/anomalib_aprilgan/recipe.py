@@ -85,11 +85,6 @@ class RowRecipes:
     accepted: list[Acceptance] = field(default_factory=list)
 
     @property
-    def accepted_parts(self) -> int:
-        """How many images, or tiles of them, of a memory bank are accepted ones: its last."""
-        return sum(acceptance.parts for acceptance in self.accepted)
-
-    @property
     def accepted_contents(self) -> list[str]:
         """Digests of the contents of all accepted images."""
         return [content for acceptance in self.accepted for content in acceptance.contents]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .checks import check_bool, check_choice, check_int, check_number, shown
-from .network.memory_bank import DTYPES, BankOptions
+from .network.bank_parts import DTYPES, BankOptions
 
 # Unlabelled images that are compared with each other, at least, and the share of them that may be defective, at most.
 LEAST_UNLABELLED, _MOST_CONTAMINATION = 3, 0.5

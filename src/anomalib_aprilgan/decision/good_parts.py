@@ -1,4 +1,4 @@
-"""What the good parts that thresholds were calibrated with looked like: their scores and image features."""
+"""What the good parts that thresholds were calibrated with looked like: their scores and appearances."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..running import FullPrecision
 
-# Image features that are kept of a class at most: a mean is known well from fewer parts than a quantile.
-_MOST_FEATURES = 1000
-_BUFFERS = ("number", "scores", "number_of_features", "features")
+# Appearances that are kept of a class at most: a mean is known well from fewer parts than a quantile.
+_MOST_APPEARANCES = 1000
+_BUFFERS = ("number", "scores", "number_of_appearances", "appearances")
 
 
 class GoodParts(FullPrecision):
-    """Scores and image features of the held-out good parts of every class.
+    """Scores and appearances of the held-out good parts of every class.
 
-    ``scores`` ``(N, n)`` are raw and fused, ``features`` ``(N, m, D)`` of unit length. Classes may have fewer parts
-    than there are columns: ``number`` ``(N,)`` and ``number_of_features`` ``(N,)`` tell how many, and what is beyond
-    is padding. All are ``None`` where no class has any.
+    ``scores`` ``(N, n)`` are raw and fused, ``appearances`` ``(N, m, D)`` as in ``RawPredictions``. A class may have
+    fewer parts: ``number`` ``(N,)`` and ``number_of_appearances`` ``(N,)`` tell how many, and what is beyond is
+    padding. All are ``None`` where no class has any.
     """
 
     number: Tensor | None
     scores: Tensor | None
-    number_of_features: Tensor | None
-    features: Tensor | None
+    number_of_appearances: Tensor | None
+    appearances: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,18 +34,17 @@ class GoodParts(FullPrecision):
             self.register_buffer(name, None)
 
     def of_row(self, row: int) -> tuple[Tensor, Tensor]:
-        """Scores ``(n,)`` and image features ``(m, D)`` of a class; empty where there are none."""
-        if self.number is None or self.scores is None or self.features is None or self.number_of_features is None:
+        """Scores ``(n,)`` and appearances ``(m, D)`` of a class; empty where there are none."""
+        if self.number is None or self.scores is None or self.appearances is None or self.number_of_appearances is None:
             return torch.empty(0), torch.empty(0, 0)
-        return self.scores[row, : self.number[row]], self.features[row, : self.number_of_features[row]]
+        return self.scores[row, : self.number[row]], self.appearances[row, : self.number_of_appearances[row]]
 
-    def set_row(self, row: int, number_of_rows: int, scores: Tensor, features: Tensor) -> None:
+    def set_row(self, row: int, number_of_rows: int, scores: Tensor, appearances: Tensor) -> None:
         """Replace those of one of so many classes; empty tensors forget them."""
         rows = [self.of_row(other) for other in range(number_of_rows)]
-        if len(features) > _MOST_FEATURES:
-            features = features[torch.linspace(0, len(features) - 1, _MOST_FEATURES).long()]
-        features = F.normalize(features.detach().float(), dim=-1) if len(features) else features
-        rows[row] = scores.detach().float(), features
+        if len(appearances) > _MOST_APPEARANCES:
+            appearances = appearances[torch.linspace(0, len(appearances) - 1, _MOST_APPEARANCES).long()]
+        rows[row] = scores.detach().float(), appearances.detach().float()
         self._set(rows)
 
     def set_rows(self, kept: Sequence[int | None]) -> None:
@@ -55,19 +53,19 @@ class GoodParts(FullPrecision):
 
     def _set(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         if not any(len(scores) for scores, _ in rows):
-            self.number = self.scores = self.number_of_features = self.features = None
+            self.number = self.scores = self.number_of_appearances = self.appearances = None
             return
         device = next(scores.device for scores, _ in rows if len(scores))
-        width = max(features.shape[1] for _, features in rows)
+        width = max(appearances.shape[1] for _, appearances in rows)
         lowest = torch.finfo(torch.float32).min  # of no part: at least this are all scores
         self.number = torch.tensor([len(scores) for scores, _ in rows], device=device)
-        self.number_of_features = torch.tensor([len(features) for _, features in rows], device=device)
+        self.number_of_appearances = torch.tensor([len(appearances) for _, appearances in rows], device=device)
         self.scores = torch.full((len(rows), int(self.number.max())), lowest, device=device)
-        self.features = torch.zeros(len(rows), int(self.number_of_features.max()), width, device=device)
-        for row, (scores, features) in enumerate(rows):
+        self.appearances = torch.zeros(len(rows), int(self.number_of_appearances.max()), width, device=device)
+        for row, (scores, appearances) in enumerate(rows):
             self.scores[row, : len(scores)] = scores.to(device)
-            if len(features):
-                self.features[row, : len(features)] = features.to(device)
+            if len(appearances):
+                self.appearances[row, : len(appearances)] = appearances.to(device)
 
     def p_values(self, scores: Tensor, rows: Tensor | None = None) -> Tensor | None:
         """How likely a good part scores at least this: ``(B,)`` in ``(0, 1]``, or ``None`` where nothing is known.

@@ -54,13 +54,13 @@ class ClassValues:
         for name, value in values.items():
             self._post_processor.get_buffer(BUFFERS[name])[self._row] = value
 
-    def set_good_parts(self, scores: Tensor, features: Tensor) -> None:
-        """Replace scores ``(n,)``, raw and fused, and image features ``(m, D)`` of held-out good parts."""
+    def set_good_parts(self, scores: Tensor, appearances: Tensor) -> None:
+        """Replace scores ``(n,)``, raw and fused, and appearances ``(m, D)`` of held-out good parts."""
         number_of_rows = len(self._post_processor.fixed)
-        self._post_processor.good_parts.set_row(self._row, number_of_rows, scores, features)
+        self._post_processor.good_parts.set_row(self._row, number_of_rows, scores, appearances)
 
     def good_parts(self) -> tuple[Tensor, Tensor]:
-        """Scores ``(n,)`` and image features ``(m, D)`` of held-out good parts; empty where there are none."""
+        """Scores ``(n,)`` and appearances ``(m, D)`` of held-out good parts; empty where there are none."""
         return self._post_processor.good_parts.of_row(self._row)
 
     def set_defaults(self, map_limit: float, map_low: float = 0.0, pixel_threshold: float | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ class RememberedImages(FullPrecision):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("features", torch.empty(0))
+
+
+class Comparison(NamedTuple):
+    """Distance maps ``(B, H, W)``: to all that is remembered, to the references, and to accepted parts.
+
+    The latter two are ``None`` where nothing was accepted of any class in the batch.
+    """
+
+    nearest: Tensor
+    references: Tensor | None = None
+    accepted: Tensor | None = None
 
 
 class FewShotScorer(nn.Module, ABC):
@@ -45,19 +57,7 @@ class FewShotScorer(nn.Module, ABC):
         """Remember these images of a class too, after those that are remembered already."""
         before = self.features(row)
         self.fill(row, images, output)
-        features = self.features(row)
-        self.set_features(row, before)
-        self.extend(row, features)
-
-    def extend(self, row: int, features: Tensor) -> None:
-        """Append features of further images, as ``features`` returned them."""
-        self.set_features(row, torch.cat([self.features(row), features]))
-
-    def drop_last(self, row: int, number: int) -> None:
-        """Forget the images of a class that were added last, so many."""
-        features = self.remembered[row].get_buffer("features")
-        kept = features[: len(features) - number]
-        self.set_features(row, kept.clone() if len(kept) else features.new_empty(0))
+        self.set_features(row, torch.cat([before, self.features(row)]))
 
     def condense(self, row: int) -> None:
         """Keep as much of a class as the scorer is meant to; called once all of its references were added."""
@@ -71,6 +71,12 @@ class FewShotScorer(nn.Module, ABC):
         ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one class. ``without`` are the indices of
         remembered images to hold out. A class without references gives a RuntimeError.
         """
+
+    def compare(
+        self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
+    ) -> Comparison:
+        """Distances to the references, and to good parts that were accepted later; see ``distance_maps``."""
+        return Comparison(self.distance_maps(images, output, rows, without))
 
     def set_rows(self, kept: Sequence[int | None]) -> None:
         """Replace the rows; each takes over the references of the row named here, and none for ``None``."""

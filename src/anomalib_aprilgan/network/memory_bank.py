@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,37 +13,10 @@ from ..clip.architecture import ClipArchitecture
 from ..clip.backbone import VisionOutput
 from ..clip.vision_tower import TowerArchitecture, VisionTower
 from ..data.pre_processing import resize_image
+from .bank_parts import DTYPES, BankOptions, Part, kept_patches
 from .coreset import coreset_indices
-from .few_shot import FewShotScorer, rows_in
+from .few_shot import Comparison, FewShotScorer, rows_in
 from .scoring import distance_map, nearest_normal_distance, neighbourhood_mean, unlabelled_distance
-
-# Number types that patch tokens can be stored in, by the name that `memory_dtype` takes.
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class BankOptions:
-    """How much is remembered, and how it is compared; by default everything, as published.
-
-    Attributes:
-        size: Patches of every stage that are kept of the references of a class; ``None`` for all.
-        dtype: Name of the number type that they are stored in, one of ``DTYPES``. They are compared in fp32.
-        lowest_share: Share of the references, those most like a patch, whose mean distance counts, in ``(0, 1]``. For
-            references that may be defective; ``None``, as published, for the distance to the nearest patch of them all.
-        seed: Seed of the choice of patches.
-    """
-
-    size: int | None = None
-    dtype: str = "float32"
-    lowest_share: float | None = None
-    seed: int = 0
-
-
-class Part(NamedTuple):
-    """Patches ``(N, C)`` of one stage, and the references that they are of: one number, or ``(N,)``."""
-
-    tokens: Tensor
-    images: int | Tensor
 
 
 class MemoryBank(FewShotScorer):
@@ -56,8 +27,8 @@ class MemoryBank(FewShotScorer):
     odd side in patches, before they are remembered or compared; 1 leaves them as they are.
 
     A bounded bank keeps a coreset of the references instead: ``coreset`` ``(M, C_1 + C_2 + …)``, of every stage ``M``
-    patches side by side, and ``coreset_images`` ``(M, S)``, the reference that each is of. Images that are added later
-    are kept whole.
+    patches side by side, and ``coreset_images`` ``(M, S)``, the reference that each is of. Good parts that are accepted
+    later are kept whole, and apart: ``accepted`` ``(A, N)``.
     """
 
     def __init__(
@@ -86,16 +57,23 @@ class MemoryBank(FewShotScorer):
 
     def fill(self, row: int, images: Tensor, output: VisionOutput) -> None:
         """Forget the references of a class and remember these; see the base class."""
-        self._set_coreset(row, None)
+        self._set_buffers(row, coreset=None, coreset_images=None)
         self.set_features(row, self._features_of(images, output))
 
-    def add(self, row: int, images: Tensor, output: VisionOutput) -> None:
-        """Remember these images of a class too, whole; see the base class."""
-        self.extend(row, self._features_of(images, output))
+    def accept(self, row: int, images: Tensor, output: VisionOutput) -> None:
+        """Remember good parts of a class beside the references, whole."""
+        before, features = self.accepted(row), self._features_of(images, output)
+        self._set_buffers(row, accepted=torch.cat([before, features]) if len(before) else features)
 
-    def extend(self, row: int, features: Tensor) -> None:
-        """Append images that are kept whole; see the base class."""
-        self.set_features(row, torch.cat([self._whole(row), features]))
+    def drop_accepted(self, row: int, number: int) -> None:
+        """Forget the good parts of a class that were accepted last, so many."""
+        kept = self.accepted(row)[: len(self.accepted(row)) - number]
+        self._set_buffers(row, accepted=kept.clone() if len(kept) else None)
+
+    def accepted(self, row: int) -> Tensor:
+        """The accepted parts of a class ``(A, N)``, perhaps none."""
+        found = self._buffers_of(row).get("accepted")
+        return torch.empty(0) if found is None else found
 
     def _features_of(self, images: Tensor, output: VisionOutput) -> Tensor:
         tokens = [F.normalize(tokens.detach().float(), dim=-1) for tokens in self.tokens_of(images, output)]
@@ -114,22 +92,22 @@ class MemoryBank(FewShotScorer):
             indices = coreset_indices(patches, self.options.size, self.options.seed + stage)
             chosen.append(patches[indices])
             images.append(indices // bank.shape[1])
-        self._set_coreset(row, (torch.cat(chosen, dim=1), torch.stack(images, dim=1).to(torch.int32)))
+        self._set_buffers(
+            row, coreset=torch.cat(chosen, dim=1), coreset_images=torch.stack(images, dim=1).to(torch.int32)
+        )
         self.set_features(row, chosen[0].new_empty(0))
 
     def number(self, row: int) -> int:
-        """Number of images that are remembered of a class, whole or in part; see the base class."""
-        images = dict(self.remembered[row].named_buffers()).get("coreset_images")
-        return len(self._whole(row)) + (0 if images is None or not len(images) else int(images.max()) + 1)
+        """Number of references that are remembered of a class, whole or in part; see the base class."""
+        images = self._buffers_of(row).get("coreset_images")
+        return super().number(row) if images is None or not len(images) else int(images.max()) + 1
 
-    def _whole(self, row: int) -> Tensor:
-        """``(K, N)`` of the images that are kept whole, perhaps none."""
-        features = self.remembered[row].get_buffer("features")
-        width = sum(math.prod(shape.grid) * shape.width for shape in self.shapes)
-        return features if features.ndim == 2 else features.new_empty((0, width), dtype=DTYPES[self.options.dtype])
+    def _buffers_of(self, row: int) -> dict[str, Tensor]:
+        return dict(self.remembered[row].named_buffers())
 
-    def _set_coreset(self, row: int, coreset: tuple[Tensor, Tensor] | None) -> None:
-        for name, value in zip(("coreset", "coreset_images"), coreset or (None, None), strict=True):
+    def _set_buffers(self, row: int, **values: Tensor | None) -> None:
+        """Replace buffers of a class beside its features; there are none where the value is ``None``."""
+        for name, value in values.items():
             vars(self.remembered[row])["_buffers"].pop(name, None)
             if value is not None:
                 self.remembered[row].register_buffer(name, value)
@@ -150,77 +128,85 @@ class MemoryBank(FewShotScorer):
     def make_room(self, row: int, tensors: Mapping[str, Tensor]) -> None:
         """Have buffers for the tensors of a class; see the base class."""
         super().make_room(row, tensors)
-        coreset, images = tensors.get("coreset"), tensors.get("coreset_images")
-        self._set_coreset(row, None)
-        if coreset is None and images is None:
-            return
+        coreset, images, accepted = (tensors.get(name) for name in ("coreset", "coreset_images", "accepted"))
         width, stages = sum(shape.width for shape in self.shapes), len(self.shapes)
-        if coreset is None or images is None or coreset.shape != (len(images), width) or images.ndim != 2:
-            msg = f"`ckpt_path`: a coreset must be (M, {width}), with the image of every patch, for this tower."
+        if (coreset is None) != (images is None):
+            msg = "`ckpt_path`: a coreset and the images of its patches go together, and one of them is missing."
             raise ValueError(msg)
-        if images.shape[1] != stages or images.is_floating_point() or (images < 0).any():
-            msg = f"`ckpt_path`: the images of a coreset must be (M, {stages}) numbers from 0 up."
-            raise ValueError(msg)
-        self._set_coreset(row, (torch.empty_like(coreset), torch.empty_like(images)))
+        if coreset is not None and images is not None:
+            shapes = (len(images), width), (len(coreset), stages)
+            if (
+                (tuple(coreset.shape), tuple(images.shape)) != shapes
+                or images.is_floating_point()
+                or (images < 0).any()
+            ):
+                msg = (
+                    f"`ckpt_path`: a coreset must be (M, {width}), its images (M, {stages}) from 0 up, for this tower."
+                )
+                raise ValueError(msg)
+        if accepted is not None:
+            self.check_features(accepted)
+        given = {"coreset": coreset, "coreset_images": images, "accepted": accepted}
+        self._set_buffers(
+            row, **{name: None if value is None else torch.empty_like(value) for name, value in given.items()}
+        )
 
     def distance_maps(
         self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
     ) -> Tensor:
         """Distance of each patch to the nearest remembered one, summed over the stages; see the base class."""
+        return self.compare(images, output, rows, without).nearest
+
+    def compare(
+        self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
+    ) -> Comparison:
+        """Distances to all patches, to those of references and to those of accepted parts; see the base class."""
         size, tokens = (images.shape[-2], images.shape[-1]), self.tokens_of(images, output)
         parts = list(rows_in(rows, len(self.remembered)))
         if len(parts) == 1:
-            return self._map_of_row(parts[0][0], tokens, size, without)
-        maps = tokens[0].new_zeros((len(images), *size), dtype=torch.float32)
-        for row, chosen in parts:
-            maps[chosen] = self._map_of_row(row, [stage[chosen] for stage in tokens], size, without)
-        return maps
+            return self._compare_row(parts[0][0], tokens, size, without)
+        found = [self._compare_row(row, [stage[chosen] for stage in tokens], size, without) for row, chosen in parts]
+        maps = tokens[0].new_zeros((3, len(images), *size), dtype=torch.float32)
+        for (_, chosen), (nearest, references, accepted) in zip(parts, found, strict=True):
+            maps[0, chosen] = nearest
+            # Where nothing was accepted, nothing is nearer than the references.
+            maps[1, chosen] = nearest if references is None else references
+            maps[2, chosen] = nearest if accepted is None else accepted
+        return Comparison(*maps) if any(one.accepted is not None for one in found) else Comparison(maps[0])
 
-    def _map_of_row(
+    def _compare_row(
         self, row: int, tokens: Sequence[Tensor], size: tuple[int, int], without: Collection[int]
-    ) -> Tensor:
-        banks = [self._kept(stage, without) for stage in self.parts_of(row)]
+    ) -> Comparison:
         floats = [stage.float() for stage in tokens]
-        if self.options.lowest_share is None:
-            distances = [nearest_normal_distance(stage, bank) for stage, bank in zip(floats, banks, strict=True)]
-        else:
-            distances = unlabelled_distance(floats, banks, self.options.lowest_share)
+        banks = [kept_patches(stage, without) for stage in self.parts_of(row)]
+        if self.options.lowest_share is not None:
+            return Comparison(self._map(unlabelled_distance(floats, banks, self.options.lowest_share), size))
+        references = [nearest_normal_distance(stage, bank) for stage, bank in zip(floats, banks, strict=True)]
+        features = self.accepted(row)
+        if not len(features):
+            return Comparison(self._map(references, size))
+        parts = [[Part(tokens, shot) for shot, tokens in enumerate(bank)] for bank in self.banks_of(features)]
+        accepted = [
+            nearest_normal_distance(stage, kept_patches(bank)) for stage, bank in zip(floats, parts, strict=True)
+        ]
+        nearest = [torch.minimum(*both) for both in zip(references, accepted, strict=True)]
+        return Comparison(*(self._map(distances, size) for distances in (nearest, references, accepted)))
+
+    def _map(self, distances: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Distances ``(B, L)`` of every stage as one map, their sum."""
         maps = [
-            distance_map(distance, shape.grid, size) for distance, shape in zip(distances, self.shapes, strict=True)
+            distance_map(of_stage, shape.grid, size) for of_stage, shape in zip(distances, self.shapes, strict=True)
         ]
         return torch.stack(maps).sum(dim=0)
 
     def parts_of(self, row: int) -> list[list[Part]]:
-        """What is remembered of a class, part by part for every stage; a RuntimeError if nothing is."""
-        remembered, whole = dict(self.remembered[row].named_buffers()), self._whole(row)
-        stages: list[list[Part]] = [[] for _ in self.shapes]
-        first = 0
-        if "coreset" in remembered:
-            images, first = remembered["coreset_images"], self.number(row) - len(whole)
-            widths = [shape.width for shape in self.shapes]
-            for stage, tokens in enumerate(torch.split(remembered["coreset"], widths, dim=1)):
-                stages[stage].append(Part(tokens, images[:, stage]))
-        elif not len(whole):
-            self.features(row)  # raises
-        for stage, bank in enumerate(self.banks_of(whole)):
-            stages[stage] += [Part(tokens, first + shot) for shot, tokens in enumerate(bank)]
-        return stages
-
-    def _kept(self, parts: Sequence[Part], without: Collection[int]) -> list[Tensor]:
-        """The patches ``(N, C)`` of every part, unit rows in fp32, without those of references that are held out."""
-        kept = []
-        for tokens, images in parts:
-            if isinstance(images, int):
-                kept += [] if images in without else [tokens]
-            elif without:
-                held_out = torch.tensor(list(without), device=images.device, dtype=images.dtype)
-                kept.append(tokens[~torch.isin(images, held_out)])
-            else:
-                kept.append(tokens)
-        if self.options.dtype == "float32":
-            return [tokens.float() for tokens in kept if len(tokens)]
-        # Rounding has changed their lengths.
-        return [F.normalize(tokens.float(), dim=-1) for tokens in kept if len(tokens)]
+        """What is remembered of the references, part by part for every stage; a RuntimeError if nothing is."""
+        buffers = self._buffers_of(row)
+        if "coreset" not in buffers:
+            banks = self.banks_of(self.features(row))
+            return [[Part(tokens, shot) for shot, tokens in enumerate(bank)] for bank in banks]
+        tokens = torch.split(buffers["coreset"], [shape.width for shape in self.shapes], dim=1)
+        return [[Part(of_stage, buffers["coreset_images"][:, stage])] for stage, of_stage in enumerate(tokens)]
 
 
 class VisionMemoryBank(MemoryBank):

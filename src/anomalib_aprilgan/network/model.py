@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
@@ -14,21 +15,29 @@ from ..clip.backbone import ClipBackbone, VisionOutput
 from ..running import full_precision
 from .adapters import LinearAdapters
 from .few_shot import FewShotScorer
-from .scoring import TEMPERATURE, smooth, text_logits, text_probability, text_probability_maps
+from .scoring import (
+    TEMPERATURE,
+    accepted_share,
+    mean_colour,
+    smooth,
+    text_logits,
+    text_probability,
+    text_probability_maps,
+)
 
 
 class RawPredictions(NamedTuple):
     """What the network says of a batch, before any fusion, scale or threshold; fp32.
 
     Zero-shot scores ``(B,)`` in ``[0, 1]``; maps ``(B, H, W)`` in ``[0, map_ceiling]`` of the network; and for each
-    stage the normal and the anomalous probability ``(B, 2, H, W)``. CLIP's image features ``(B, D)``, of any length;
-    ``None`` for images in tiles.
+    stage the normal and the anomalous probability ``(B, 2, H, W)``. The appearance ``(B, D + 3)`` of each image is
+    CLIP's image feature, of unit length, and the mean colour; for images in tiles ``(B, 3)``, the colour alone.
     """
 
     text_probability: Tensor
     anomaly_map: Tensor
     stage_probabilities: Sequence[Tensor] = ()
-    image_feature: Tensor | None = None
+    appearance: Tensor | None = None
 
 
 class AprilGANModel(nn.Module):
@@ -153,12 +162,21 @@ class AprilGANModel(nn.Module):
             probabilities = self._stage_probabilities(images, output, text_features)
             # The anomalous probability is summed over the stages; the authors do not average.
             anomaly_map = torch.stack([maps[:, 1] for maps in probabilities]).sum(dim=0)
-            if self.few_shot is not None and few_shot:
-                anomaly_map = anomaly_map + self.few_shot.distance_maps(images, output, rows, without)
-            anomaly_map = smooth(anomaly_map, self.smoothing_sigma)
             image_feature = output.image_feature.float()
             score = text_probability(image_feature, text_features, self.temperature)
-        return RawPredictions(score, anomaly_map, probabilities, image_feature)
+            compared = self.few_shot.compare(images, output, rows, without) if self.few_shot and few_shot else None
+            if compared is None or compared.accepted is None or compared.references is None:
+                nearest = 0.0 if compared is None else compared.nearest
+                anomaly_map = smooth(anomaly_map + nearest, self.smoothing_sigma)
+            else:
+                # What accepted parts show is normal, also where the sentences say otherwise; the text's verdict on the
+                # whole image counts as far as the map still shows what it is about.
+                before = smooth(anomaly_map + compared.references, self.smoothing_sigma)
+                rest = anomaly_map * (1.0 - accepted_share(compared.references, compared.accepted))
+                anomaly_map = smooth(rest + compared.nearest, self.smoothing_sigma)
+                score = score * (anomaly_map.amax(dim=(1, 2)) / before.amax(dim=(1, 2)).clamp(min=1e-6))
+            appearance = torch.cat([F.normalize(image_feature, dim=-1), mean_colour(images)], dim=1)
+        return RawPredictions(score, anomaly_map, probabilities, appearance)
 
     def stage_probabilities(self, images: Tensor, rows: Tensor | None = None) -> list[Tensor]:
         """Probability maps ``(B, 2, H, W)`` of every stage, with gradients for the adapters; see ``predict``."""

@@ -119,6 +119,19 @@ def neighbourhood_mean(patch_tokens: Tensor, grid: tuple[int, int], side: int) -
     return rearrange(means, "b c h w -> b (h w) c")
 
 
+def accepted_share(references: Tensor, accepted: Tensor) -> Tensor:
+    """How surely a pixel shows what accepted good parts show and references do not: ``(B, H, W)`` in ``[0, 1]``.
+
+    From the distances to both: 1 for what accepted parts have, 0 where they are not twice as near as the references.
+    """
+    return (1.0 - 2.0 * accepted / references.clamp(min=1e-6)).clamp(min=0.0)
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    """Mean ``(B, 3)`` of every channel of images ``(B, 3, H, W)``, in fp32."""
+    return images.float().mean(dim=(-2, -1))
+
+
 def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
     """A map ``(B, H, W)`` blurred with a Gaussian, which is cut at four deviations and mirrored at the border.
 

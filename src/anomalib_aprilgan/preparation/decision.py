@@ -96,7 +96,7 @@ def _thresholds(
 ) -> Thresholds:
     """Thresholds of a class from these normal images, and what held-out ones look like, noted in the post-processor."""
     scores: list[Tensor] = []
-    features: list[Tensor] = []
+    appearances: list[Tensor] = []
 
     def score(image: Tensor, without: Collection[int]) -> tuple[Tensor, Tensor]:
         raw = place.predict(image.to(place.device), place.row(row), without, None)
@@ -105,14 +105,13 @@ def _thresholds(
             fused = place.fusion(fused, place.fusion.statistic(raw.anomaly_map), place.row(row))
         if not calibration.from_references:  # those know what they are compared with
             scores.append(fused)
-            features.extend([] if raw.image_feature is None else [raw.image_feature])
+            appearances.extend([] if raw.appearance is None else [raw.appearance])
         return fused[0], raw.anomaly_map.amax()
 
     post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
     found = calibration.thresholds(files, lambda image: len(tiles_of(place, image)), score, place.augmented)
     if scores:
-        known = torch.cat(features) if features else torch.empty(0, 0)
-        post_processor.of_class(row).set_good_parts(torch.cat(scores), known)
+        post_processor.of_class(row).set_good_parts(torch.cat(scores), torch.cat(appearances))
     return found
 
 

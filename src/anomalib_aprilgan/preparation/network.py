@@ -197,18 +197,15 @@ def encoded(place: Workplace, images: Iterable[Tensor]) -> Iterator[tuple[Tensor
 
 def _remember(place: Workplace, row: int, images: Iterable[Tensor]) -> list[VisionOutput]:
     """Fill the bank of a class; returns CLIP's output where the images are few and untiled, else nothing."""
-    scorer, recipes = place.network.few_shot, place.made.rows[row]
+    scorer = place.network.few_shot
     if scorer is None:
         return []
-    accepted = scorer.features(row)[-recipes.accepted_parts :] if recipes.accepted_parts else None
     fill, outputs, number = scorer.fill, list[VisionOutput](), 0
     for together, of_group in encoded(place, images):
         fill(row, together, VisionOutput.cat(of_group))
         fill, number = scorer.add, number + len(of_group)
         outputs = [*outputs, *of_group] if number <= _ENCODED_TOGETHER else []
     scorer.condense(row)
-    if accepted is not None:
-        scorer.extend(row, accepted)
     return outputs if place.settings.tile_size is None else []
 
 

@@ -8,10 +8,9 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from anomalib.data import ImageBatch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -56,7 +55,7 @@ class DecisionsWriter(ResultWriter):
 
     Where thresholds were calibrated with held-out good parts, two columns follow. ``p_value`` is the share of those
     parts that score at least this; see ``anomalib_aprilgan.decision.good_parts.GoodParts.p_values``. In a prediction
-    ``drift`` tells whether the latest images are like those parts: "no", "scores", "images", "scores and images"; see
+    ``drift`` tells whether the latest images are like those parts; see
     ``anomalib_aprilgan.results.drift.DriftMonitor``. What has changed is warned of once for each class, and told when
     the run ends. No decision hangs on it.
 
@@ -113,11 +112,10 @@ class DecisionsWriter(ResultWriter):
 
     def _drift(self, batch: ImageBatch, pl_module: LightningModule) -> list[str]:
         """What has changed at each image of a batch, where good parts are known; see ``DriftMonitor``."""
-        scores: torch.Tensor | None = getattr(batch, "raw_score", None)
         post_processor = getattr(pl_module, "post_processor", None)
-        if scores is None or not isinstance(post_processor, AprilGANPostProcessor):
+        scores, appearances = (getattr(batch, name, None) for name in ("raw_score", "appearance"))
+        if not _knows_good_parts(post_processor) or scores is None or appearances is None:
             return [""] * batch.batch_size
-        features: torch.Tensor | None = getattr(batch, "image_feature", None)
         found = []
         for place, row in enumerate(rows_of(pl_module, batch).tolist()):
             monitor = self._monitors.get(row)
@@ -125,8 +123,7 @@ class DecisionsWriter(ResultWriter):
                 good = [part.cpu().numpy() for part in post_processor.of_class(row).good_parts()]
                 monitor = self._monitors.setdefault(row, DriftMonitor(*good))
             known = monitor.first
-            feature = None if features is None else F.normalize(features[place].float(), dim=0).cpu().numpy()
-            found.append(monitor.update(scores[place].item(), feature))
+            found.append(monitor.update(scores[place].item(), appearances[place].cpu().numpy()))
             if known is None and monitor.first is not None:
                 rank_zero_warn(f"Drift of {names_of(pl_module)[row]!r} at {monitor.first}. Decisions are unchanged.")
         return found
@@ -191,11 +188,14 @@ def _class_names(batch: ImageBatch, pl_module: LightningModule) -> Sequence[str]
     return named or [known[0] if known else ""] * batch.batch_size
 
 
+def _knows_good_parts(post_processor: object) -> TypeGuard[AprilGANPostProcessor]:
+    return isinstance(post_processor, AprilGANPostProcessor) and post_processor.good_parts.scores is not None
+
+
 def _columns(trainer: Trainer, pl_module: LightningModule) -> list[int]:
     """Places of the fields of a row that a table has."""
     chosen = {*_ALWAYS, *(_IN_TESTS if trainer.testing else _IN_PREDICTIONS)}
-    post_processor = getattr(pl_module, "post_processor", None)
-    if not isinstance(post_processor, AprilGANPostProcessor) or post_processor.good_parts.scores is None:
+    if not _knows_good_parts(getattr(pl_module, "post_processor", None)):
         chosen -= {"p_value", "drift"}
     return [place for place, name in enumerate(Row._fields) if name in chosen]
 
