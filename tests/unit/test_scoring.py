@@ -11,7 +11,9 @@ from torch import Tensor
 
 from anomalib_aprilgan.network.scoring import (
     TEMPERATURE,
+    accepted_share,
     distance_map,
+    mean_colour,
     nearest_normal_distance,
     neighbourhood_mean,
     smooth,
@@ -19,6 +21,7 @@ from anomalib_aprilgan.network.scoring import (
     text_logits,
     text_probability,
     text_probability_maps,
+    unlabelled_distance,
 )
 
 
@@ -238,3 +241,77 @@ class TestSmoothing:
     def test_none_leaves_the_map(self) -> None:
         anomaly_map = random(1, 4, 4)
         assert smooth(anomaly_map, 0.0) is anomaly_map
+
+
+class TestUnlabelledDistance:
+    def patches(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+    @pytest.mark.parametrize(("share", "counted"), [(0.3, 2), (0.5, 3), (1.0, 7), (0.01, 1)])
+    def test_is_the_mean_over_the_lowest_references(self, share: float, counted: int) -> None:
+        tokens = [self.patches(2, 5, 8), self.patches(2, 3, 6, seed=1)]
+        banks = [[*self.patches(7, 5, 8, seed=2)], [*self.patches(7, 3, 6, seed=3)]]
+        found = unlabelled_distance(tokens, banks, share)
+        for stage, bank, of_stage in zip(tokens, banks, found, strict=True):
+            for image, distances in zip(stage, of_stage, strict=True):
+                for patch, distance in zip(image, distances, strict=True):
+                    nearest = sorted(min(1 - float(patch @ other) for other in reference) for reference in bank)
+                    assert float(distance) == pytest.approx(sum(nearest[:counted]) / counted, abs=1e-5)
+
+    def test_one_reference_is_a_memory_bank_of_one(self) -> None:
+        tokens, bank = self.patches(3, 5, 8), [self.patches(5, 8, seed=1)]
+        expected = nearest_normal_distance(tokens, bank)
+        torch.testing.assert_close(unlabelled_distance([tokens], [bank], 1.0)[0], expected, atol=1e-6, rtol=0)
+        itself = [tokens[0]]
+        torch.testing.assert_close(
+            unlabelled_distance([tokens], [itself], 0.3)[0], nearest_normal_distance(tokens, itself), atol=1e-6, rtol=0
+        )
+
+    @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+    def test_an_image_is_not_compared_with_itself(self, share: float) -> None:
+        """In a batch with an image that is none of the references, and with the image twice among them."""
+        references, stranger = self.patches(5, 4, 8), self.patches(1, 4, 8, seed=9)
+        seen = torch.cat([references[1:2], stranger])
+        twice = [*references, references[1]]
+        found = unlabelled_distance([seen], [twice], share)[0]
+        others = [references[place] for place in (0, 2, 3, 4)]
+        torch.testing.assert_close(found[:1], unlabelled_distance([references[1:2]], [others], share)[0])
+        torch.testing.assert_close(found[1:], unlabelled_distance([stranger], [twice], share)[0])
+
+    def test_a_part_in_common_is_not_the_image_itself(self) -> None:
+        references = self.patches(4, 4, 8)
+        seen = references[:1].clone()
+        seen[0, 3] = -seen[0, 3]
+        found = unlabelled_distance([seen], [[*references]], 0.3)[0]
+        torch.testing.assert_close(found[0, :3], torch.zeros(3), atol=1e-6, rtol=0)
+
+    def test_a_defect_that_a_few_share_stays_far(self) -> None:
+        good, defect = self.patches(4, 8), self.patches(1, 8, seed=5)
+        noisy = [F.normalize(good + 0.02 * self.patches(4, 8, seed=number), dim=-1) for number in range(10, 18)]
+        with_defect = [torch.cat([part[:3], F.normalize(defect + 0.02 * part[3:], dim=-1)]) for part in noisy[:2]]
+        seen = torch.cat([good[:3], defect])[None]
+        far = unlabelled_distance([seen], [[*with_defect, *noisy[2:]]], 0.5)[0]
+        assert far[0, 3] > 10 * far[0, :3].max()
+        near = nearest_normal_distance(seen, [*with_defect, *noisy[2:]])
+        assert near[0, 3] < 0.01  # what two of eight show passes for normal there
+
+    def test_the_order_of_references_does_not_count(self) -> None:
+        tokens, bank = self.patches(2, 4, 8), [*self.patches(6, 4, 8, seed=1)]
+        found, turned = (unlabelled_distance([tokens], [given], 0.4)[0] for given in (bank, bank[::-1]))
+        torch.testing.assert_close(found, turned, atol=1e-7, rtol=0)
+
+    def test_without_references_it_says_which_call_is_missing(self) -> None:
+        with pytest.raises(RuntimeError, match="The memory bank is empty"):
+            unlabelled_distance([self.patches(1, 2, 4)], [[]], 0.3)
+
+
+class TestAcceptedShare:
+    def test_worked_values(self) -> None:
+        references = torch.tensor([0.4, 0.4, 0.4, 0.4, 0.0])
+        accepted = torch.tensor([0.0, 0.1, 0.2, 0.6, 0.0])
+        torch.testing.assert_close(accepted_share(references, accepted), torch.tensor([1.0, 0.5, 0.0, 0.0, 1.0]))
+
+
+def test_mean_colour_is_that_of_every_channel() -> None:
+    images = torch.arange(24.0).view(2, 3, 2, 2)
+    torch.testing.assert_close(mean_colour(images.half()), images.flatten(2).mean(dim=2))

@@ -26,6 +26,8 @@ SPLIT_SEED = 0
 """Seed of the split of a datamodule that was given none: one for all models and seeds."""
 
 _LONGEST_VALUE = 24
+# Arguments of AprilGAN that are about references, and what they usually are.
+_OF_REFERENCES = {"memory_size": None, "memory_dtype": "float32", "references_unlabelled": False}
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ class ModelEntry:
         return 2 if issubclass(self.model, Padim) else 1
 
     def is_shared(self, data: DataEntry) -> bool:
-        """Whether one pass serves all settings: ours with memory banks and of one class, but for tiles."""
+        """Whether one pass serves all settings: ours with whole memory banks and of one class, but for tiles."""
         given = self.arguments
         whole, few_shot = given.get("tile_size") is None, given.get("few_shot", "memory_bank") == "memory_bank"
         plain = not any(isinstance(value, dict) and "class_path" in value for value in given.values())
+        plain = plain and not any(given.get(name, usual) != usual for name, usual in _OF_REFERENCES.items())
+        plain = plain and not given.get("batch_zero_shot")
         return issubclass(self.model, AprilGAN) and whole and few_shot and plain and not data.is_of_many_classes
 
     def build(self, cell: Cell, data: DataEntry) -> AnomalibModule:
@@ -96,7 +100,8 @@ class ModelEntry:
         if self.is_few_shot:
             arguments["k_shot"] = cell.k_shot
             if not cell.k_shot:
-                arguments.pop("references", None)  # those of the other settings
+                for name in ("references", *_OF_REFERENCES):  # those of the other settings
+                    arguments.pop(name, None)
         if issubclass(self.model, AprilGAN):
             arguments["seed"] = cell.seed
         return made(AnomalibModule, self.config | {"init_args": arguments}, f"benchmark.model ({self.name})")
