@@ -99,19 +99,15 @@ def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: A
         parameters["prompts"] = settings.prompts.to_dict()
 
 
-def rewrite(
-    path: Path, target: Path, model: nn.Module, settings: Settings, made: Made, post_processor: nn.Module | None
-) -> None:
+def rewrite(path: Path, target: Path, model: nn.Module, settings: Settings, made: Made) -> None:
     """Write a checkpoint again, with what a model that was loaded from it holds now; whole or not at all."""
     with anomalib_safe_globals():
         content = torch.load(path, map_location="cpu", weights_only=True)
+    migrate(content)
     content["state_dict"] = {name: value.cpu() for name, value in model.state_dict().items()}
     network = model.get_submodule("model")
     if isinstance(network, AprilGANModel):
         write(content, settings, made, network)
-    key = getattr(post_processor, "state_key", None)
-    if post_processor is not None and key in content.get("callbacks", {}):  # Lightning keeps it twice
-        content["callbacks"][key] = post_processor.state_dict()
     write_atomically(target, partial(torch.save, content))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .clip.backbone import VisionOutput
 from .data.references import OneClass, content_digests, list_references, read_reference
+from .files import is_file
 from .network.memory_bank import MemoryBank
 from .network.model import AprilGANModel
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, encoded, is_ready, recalibrate
@@ -83,7 +85,7 @@ class Growing:
         paths = list_references(files, "files")
         images, contents = [read_reference(path, "files") for path in paths], content_digests(paths)
         recipes, before = place.made.rows[row], self._scores(images, row)
-        known = {*recipes.contents, *recipes.accepted_contents}
+        known = {*_contents_of(recipes), *recipes.accepted_contents}
         first = {content: number for number, content in reversed([*enumerate(contents)])}
         new = [number for number, content in enumerate(contents) if content not in known and first[content] == number]
         if new:
@@ -215,6 +217,11 @@ def _join(place: Workplace, row: int, parts: Sequence[tuple[str, str, Tensor]]) 
     recalibrate(place, row)
     now = _values_of(place, row)
     changed |= {name: value for name, value in held.items() if value != now[name]}
+
+
+def _contents_of(recipes: RowRecipes) -> Sequence[str]:
+    """Digests of the references; where an earlier version did not note them, of those that are still there."""
+    return recipes.contents or content_digests([Path(file) for file in recipes.references if is_file(Path(file))])
 
 
 @contextmanager

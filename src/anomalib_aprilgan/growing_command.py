@@ -68,7 +68,7 @@ def _run_accept(given: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         is_changed = bool(taken_back) or not all(one.was_known for one in accepted)
         if is_changed:
             target = target or _free_name(given.ckpt_path)
-            rewrite(given.ckpt_path, target, model, model.settings, model.made, model.post_processor)
+            rewrite(given.ckpt_path, target, model, model.settings, model.made)
     written = str(target) if is_changed else None
     if given.json:
         found = {"accepted": [asdict(one) for one in accepted], "taken_back": taken_back, "ckpt_path": written}

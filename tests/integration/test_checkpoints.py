@@ -15,6 +15,7 @@ from lightning.pytorch import seed_everything
 from safetensors.torch import load_file, save_file
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.checkpoint import rewrite
 
 from ..conftest import DATASET, GOLDEN, SmallClip
 from .runs import adapters, auxiliary, by_path, category, engine, equal, good, read
@@ -93,6 +94,24 @@ def test_written_again_and_loaded(load: Callable[..., AprilGAN], name: str, tmp_
     runner.predict(model, data_path=tmp_path / "new")
     runner.trainer.save_checkpoint(tmp_path / "again.ckpt")
     assert_predicts_as_before(AprilGAN.load_from_checkpoint(tmp_path / "again.ckpt").eval(), PREDICTIONS[name])
+
+
+def test_it_can_grow_and_be_taken_back(load: Callable[..., AprilGAN], small_clip: SmallClip, tmp_path: Path) -> None:
+    """What joins a memory bank of 0.1.0 is written in today's form, and what was there already is known."""
+    model = load("calibrated")
+    references = [Path(file) for file in model.made.references["bottle"]]
+    part = DATASET / "bottle" / "test" / "good" / "000.png"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = model.accept([str(references[0]), str(part)])
+    assert [one.was_known for one in found] == [True, False]
+    rewrite(FOLDER / "calibrated.ckpt", tmp_path / "grown.ckpt", model, model.settings, model.made)
+    given = {"backbone": str(small_clip.quick_gelu), "pretrained": str(small_clip.weights)}
+    again: Any = AprilGAN.load_from_checkpoint(tmp_path / "grown.ckpt", **given).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(read(part)).pred_score, model(read(part)).pred_score)
+    again.undo_accept()
+    after = again.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if "_backbone" not in name)
 
 
 def test_a_loaded_checkpoint_answers_for_the_classes_that_it_knows(load: Callable[..., AprilGAN]) -> None:
