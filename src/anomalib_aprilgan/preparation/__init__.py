@@ -110,8 +110,11 @@ def recalibrate(place: Workplace, row: int) -> None:
 
     Where nothing was calibrated, bounds and thresholds hold on: with more good parts distances can only be lower.
     """
-    place.made.rows[row].bounds = bounds_recipe(place, row)
+    recipes = place.made.rows[row]
+    if recipes.bounds is None or recipes.bounds.ingredients:  # else of 0.1.0, which does not tell what they rest on
+        recipes.bounds = bounds_recipe(place, row)
     if (calibration := place.settings.how_to_calibrate) is not None:
+        recipes.calibration = None
         calibrate(place, calibration, row)
 
 
