@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from .network.memory_bank import VisionMemoryBank
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
-from .recipe import RowRecipes
+from .recipe import HELD, RowRecipes
 from .remembering import Remembering
 from .settings import Settings
 
@@ -167,8 +167,7 @@ def _check_content(content: Mapping[str, Any], tensors: Mapping[str, Any], netwo
         check_entries("ckpt_path", entry, _ENTRIES_OF_ROW)
         later = {name: entry[name] for name in _LATER_ENTRIES_OF_ROW if name in entry}
         check_entries("ckpt_path", later, {name: _LATER_ENTRIES_OF_ROW[name] for name in later})
-        for acceptance in entry.get("accepted", []):
-            check_entries("ckpt_path", acceptance, _ENTRIES_OF_ACCEPTANCE)
+        _check_history(entry.get("accepted", []))
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor) or not value.isfinite().all()]
     if wrong:
         msg = f"`ckpt_path` must hold finite tensors, got others, NaN or infinity in {', '.join(wrong[:5])}."
@@ -186,6 +185,21 @@ def _check_content(content: Mapping[str, Any], tensors: Mapping[str, Any], netwo
     if unlike or len(content["rows"]) != number or any(len(pair) != 2 for pair in content["classes"]):
         msg = f"`ckpt_path` must hold a row for each of {number} classes; {', '.join(unlike[:5]) or 'rows'} has others."
         raise ValueError(msg)
+
+
+def _check_history(accepted: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError unless accepted parts are told in the way that ``anomalib_aprilgan.growing`` does it."""
+    for acceptance in accepted:
+        check_entries("ckpt_path", acceptance, _ENTRIES_OF_ACCEPTANCE)
+        values, recipes = acceptance["values"], acceptance["recipes"]
+        wrong = [name for name, numbers in values.items() if not torch.tensor(numbers).isfinite().all()]
+        wrong += [name for name in values if name not in HELD] + [*({*recipes} - {"bounds", "calibration"})]
+        wrong += [
+            name for name, numbers in values.items() if len(numbers) != 1 and name not in {"scores", "appearances"}
+        ]
+        if wrong or acceptance["parts"] < 1:
+            msg = f"`ckpt_path`: the history of accepted parts is damaged: {', '.join(wrong[:5]) or 'parts'}."
+            raise ValueError(msg)
 
 
 def restore(

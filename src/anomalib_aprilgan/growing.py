@@ -102,7 +102,7 @@ class Growing:
         Raises:
             ValueError: Nothing was accepted, or the class is unknown.
         """
-        rows = range(len(self.made.rows)) if class_name is None else [self.made.classes.row(class_name)]
+        rows = range(len(self.made.rows)) if class_name is None else [self._row_of(class_name)]
         accepted = [(self.made.rows[row].accepted[-1].when, row) for row in rows if self.made.rows[row].accepted]
         bank = self.model.few_shot
         if not accepted or not isinstance(bank, MemoryBank):
@@ -111,6 +111,11 @@ class Growing:
             raise ValueError(msg)
         row = max(accepted)[1]
         recipes = self.made.rows[row]
+        if recipes.accepted[-1].parts > len(bank.accepted(row)):
+            msg = (
+                "`undo_accept`: the history tells of more parts than the memory bank holds; the checkpoint is damaged."
+            )
+            raise ValueError(msg)
         acceptance = recipes.accepted.pop()
         bank.drop_accepted(row, acceptance.parts)
         place = Workplace.of(self, None)
@@ -153,12 +158,18 @@ class Growing:
             attach_clip(self.settings, self.made, self.model, module.device)
         if not is_ready(self.settings, self.made, self.model):
             module.make_ready("predict", is_named=True)
-        classes = self.made.classes
-        row = classes.row(class_name) if class_name is not None else None
-        if row is None:
-            row = int(classes.rows_for(None, 1, torch.device("cpu"))[0])
         module.to(module.device)
-        return Workplace.of(self, None), row
+        return Workplace.of(self, None), self._row_of(class_name)
+
+    def _row_of(self, class_name: str | None) -> int:
+        """Row of a class, or of the one that images are of which tell none; a ValueError where there is no such."""
+        classes = self.made.classes
+        if class_name is None:
+            return int(classes.rows_for(None, 1, torch.device("cpu"))[0])
+        if class_name not in classes.names:
+            msg = f"`class_name` must be one of {', '.join(classes.names)}, got {class_name!r}."
+            raise ValueError(msg)
+        return classes.names.index(class_name)
 
     def _growable(self, class_name: str | None) -> tuple[Workplace, int]:
         settings = self.settings

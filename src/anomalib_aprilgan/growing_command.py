@@ -102,7 +102,7 @@ def _run_reject(given: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         _print(f"{one.file}: score {one.score:.3f}, {_cost(one)}")
     lowest = min(rejected, key=lambda one: one.threshold)
     name = "" if given.class_name is None else repr(given.class_name)
-    _print(f"All of them are caught from image_threshold={lowest.threshold:.7g} on (raw). To set it:")
+    _print(f"All of them are caught with image_threshold={lowest.threshold:.7g} or less (raw). To set it:")
     _print(f"  model.post_processor.of_class({name or 0}).set_values(image_threshold={lowest.threshold!r})")
     if masks:
         _print(f"{len(masks)} images with masks: {given.training_folder}")

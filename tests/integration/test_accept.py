@@ -171,7 +171,7 @@ class TestModel:
         values = model.post_processor.of_class("tile").values()
         with pytest.raises(ValueError, match="`class_name` is needed to choose among the classes"):
             model.accept(str(SEEN[0]))
-        with pytest.raises(ValueError, match="must be one of bottle, tile, got 'nut'"):
+        with pytest.raises(ValueError, match="`class_name` must be one of bottle, tile, got 'nut'"):
             model.accept(str(SEEN[0]), "nut")
         model.accept(str(SEEN[0]), "bottle")
         assert model.post_processor.of_class("tile").values() == values
@@ -337,6 +337,28 @@ class TestBadInput:
         content["anomalib_aprilgan"]["rows"][0]["accepted"][0]["parts"] = "many"
         torch.save(content, tmp_path / "edited.ckpt")
         assert "the entry 'parts' must be like" in refused("accept", "--undo", "--ckpt_path", tmp_path / "edited.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"parts": 5}, "the history tells of more parts than the memory bank holds"),
+        ({"parts": 0}, "the history of accepted parts is damaged: parts"),
+        ({"values": {"image_threshold": [float("nan")]}}, "the history of accepted parts is damaged: image_threshold"),
+        ({"values": {"image_threshold": [0.5, 0.6]}}, "the history of accepted parts is damaged: image_threshold"),
+        ({"values": {"secret": [0.5]}}, "the history of accepted parts is damaged: secret"),
+        ({"recipes": {"text": None}}, "the history of accepted parts is damaged: text"),
+    ],
+)
+def test_a_history_that_makes_no_sense(
+    refused: Command, checkpoint: Path, run: Command, tmp_path: Path, changed: dict[str, Any], text: str
+) -> None:
+    run("accept", SEEN[0], "--ckpt_path", checkpoint, "--out", tmp_path / "grown.ckpt")
+    content = torch.load(tmp_path / "grown.ckpt", weights_only=False)
+    content["anomalib_aprilgan"]["rows"][0]["accepted"][0] |= changed
+    torch.save(content, tmp_path / "edited.ckpt")
+    assert text in refused("accept", "--undo", "--ckpt_path", tmp_path / "edited.ckpt")
+    assert sorted(path.name for path in tmp_path.glob("*accepted*")) == []
 
 
 def grow_for_ever(checkpoint: Path, seed: int, ready: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.data import MVTecAD
@@ -200,3 +201,93 @@ def test_bad_input(april_gan: Build, tmp_path: Path) -> None:
         post_processor(model).set_values(threshold=0.5)
     with pytest.raises(ValueError, match="got image_threshold=nan"):
         post_processor(model).set_values(image_threshold=float("nan"))
+
+
+class TestWhatAScoreMeans:
+    def test_p_values_are_in_the_table_and_on_the_batch(self, april_gan: Build, tmp_path: Path) -> None:
+        files = good("bottle")
+        given = {"class_name": "bottle", "k_shot": 2, "references": files[:2], "calibration": files[2:]}
+        model = april_gan(**given, false_positive_rate=SHARE)
+        folder = DATASET / "bottle" / "test" / "good"
+        batches = engine(tmp_path).predict(model, data_path=folder) or []
+        held_out = post_processor(model).of_class(0).good_parts()[0]
+        assert len(held_out) == len(files) - 2
+        expected = {
+            path: (1 + int((held_out >= raw).sum())) / (1 + len(held_out))
+            for batch in batches
+            for path, raw in zip(batch.image_path, batch.raw_score, strict=True)
+        }
+        assert {
+            path: value
+            for batch in batches
+            for path, value in zip(batch.image_path, batch.p_value.tolist(), strict=True)
+        } == pytest.approx(expected)
+        (table,) = tmp_path.rglob("decisions.csv")
+        rows = pd.read_csv(table, keep_default_na=False)
+        assert list(rows.columns) == ["image_path", "class_name", "score", "decision", "p_value", "drift"]
+        assert dict(zip(rows.image_path, rows.p_value.astype(float), strict=True)) == pytest.approx(expected, rel=1e-5)
+        assert set(rows.drift) == {""}  # too few images
+
+    def test_a_test_has_p_values_and_labels(self, april_gan: Build, tmp_path: Path) -> None:
+        files = good("bottle")
+        model = april_gan(class_name="bottle", calibration=files, false_positive_rate=SHARE)
+        engine(tmp_path).test(model, datamodule=MVTecAD(root=DATASET, category="bottle", num_workers=0), verbose=False)
+        (table,) = tmp_path.rglob("decisions.csv")
+        rows = pd.read_csv(table)
+        assert list(rows.columns) == ["image_path", "class_name", "score", "decision", "label", "p_value"]
+        assert rows.p_value.between(1 / (1 + len(files)) - 1e-6, 1).all()
+
+    @pytest.mark.parametrize("calibration", [None, "references"])
+    def test_without_held_out_parts_there_are_none(
+        self, april_gan: Build, calibration: str | None, tmp_path: Path
+    ) -> None:
+        files = good("bottle")
+        given = {"class_name": "bottle", "k_shot": 2, "references": files[:2], "calibration": calibration}
+        model = april_gan(**given, false_positive_rate=SHARE)
+        batches = engine(tmp_path).predict(model, data_path=DATASET / "bottle" / "test" / "good") or []
+        assert {batch.p_value for batch in batches} == {None}
+        (table,) = tmp_path.rglob("decisions.csv")
+        assert list(pd.read_csv(table).columns) == ["image_path", "class_name", "score", "decision"]
+
+    def test_good_parts_travel_in_a_checkpoint(self, april_gan: Build, tmp_path: Path) -> None:
+        files = good("bottle")
+        model = april_gan(class_name="bottle", calibration=files, false_positive_rate=SHARE)
+        runner = engine(tmp_path)
+        runner.predict(model, data_path=DATASET / "bottle" / "test" / "good")
+        runner.trainer.save_checkpoint(tmp_path / "model.ckpt")
+        for other in (
+            AprilGAN.load_from_checkpoint(tmp_path / "model.ckpt"),
+            april_gan(class_name="bottle", calibration=files, false_positive_rate=SHARE),
+        ):
+            batches = engine(tmp_path / "again").predict(
+                other, data_path=DATASET / "bottle" / "test" / "good", ckpt_path=tmp_path / "model.ckpt"
+            )
+            assert all(batch.p_value.isfinite().all() for batch in batches or [])
+            for ours, theirs in zip(
+                post_processor(model).of_class(0).good_parts(),
+                post_processor(other).of_class(0).good_parts(),
+                strict=True,
+            ):
+                assert torch.equal(ours, theirs)
+
+    def test_other_light_is_told_once_and_changes_no_decision(self, april_gan: Build, tmp_path: Path) -> None:
+        source, draw = np.array(Image.open(good("bottle")[0]).convert("RGB")), np.random.default_rng(0)
+        for name, light, number in (("held out", 1.0, 40), ("new", 1.0, 60), ("new", 0.8, 60)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for _ in range(number):
+                pixels = source * light * draw.normal(1.0, 0.03) + draw.normal(0, 4, source.shape)
+                file = tmp_path / name / f"{len(list((tmp_path / name).iterdir())):03}.png"
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
+        given = {"class_name": "bottle", "calibration": str(tmp_path / "held out"), "false_positive_rate": 0.05}
+        with pytest.warns(UserWarning, match="Drift of 'bottle' at image ") as warned:
+            batches = engine(tmp_path / "runs").predict(
+                april_gan(**given, visualizer=False), data_path=tmp_path / "new"
+            )
+        assert len([one for one in warned if "Drift of" in str(one.message)]) == 1
+        (table,) = (tmp_path / "runs").rglob("decisions.csv")
+        rows = pd.read_csv(table, keep_default_na=False)
+        assert set(rows.drift[:49]) == {""}
+        assert set(rows.drift[49:60]) == {"no"}
+        assert all("light" in word for word in rows.drift[110:])
+        labels = [label for batch in batches or [] for label in batch.pred_label.tolist()]
+        assert [decision == "anomalous" for decision in rows.decision] == labels

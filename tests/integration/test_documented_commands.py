@@ -67,9 +67,11 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     variants = [image.rotate(angle) for angle in (0, 90) for image in images]
     for name in ("images", "inspect"):
         (tmp_path / "path/to" / name).mkdir(parents=True)
-        for number, image in enumerate(variants[:2]):
+        for number, image in enumerate(variants[:3]):
             image.save(tmp_path / "path/to" / name / f"{number}.png")
-    for name in ("good", "normal"):
+    (tmp_path / "path/to/masks").mkdir()
+    Image.effect_noise(variants[0].size, 90).save(tmp_path / "path/to/masks/0.png")
+    for name in ("good", "normal", "yesterday"):
         (tmp_path / "path/to" / name).mkdir()
         for number, image in enumerate(variants[:24]):
             image.save(tmp_path / "path/to" / name / f"{number}.png")
@@ -92,9 +94,7 @@ def test_command(command: str, anomalib: Callable[..., str], work: Path, capsys:
     elif program == "anomalib-aprilgan-benchmark":
         assert read_plan(checked(read_arguments(arguments)).benchmark).cells()
     elif program == "anomalib-aprilgan":
-        assert arguments[0] == "backbones"
-        command_line.main([*arguments, "ViT-B-32", "RN50"])
-        assert "2 of 2 architectures" in capsys.readouterr().out
+        run_subcommand(arguments, capsys)
     elif program == "python":
         assert arguments[:2] == ["-m", "anomalib_aprilgan.demo.drawn_clip.pretrain"]
         with pytest.raises(SystemExit) as ended:
@@ -119,7 +119,40 @@ def test_command(command: str, anomalib: Callable[..., str], work: Path, capsys:
         anomalib(*arguments, *BUILT_IN)
         if arguments[0] == "predict":
             (table,) = work.glob("results/AprilGAN/**/v0/decisions.csv")
-            assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + (48 if "left:" in command else 2)
+            assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + (48 if "left:" in command else 3)
+
+
+def run_subcommand(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command of the package; those for checkpoints on the one that their page says how to write."""
+    if arguments[0] == "backbones":
+        command_line.main([*arguments, "ViT-B-32", "RN50"])
+        assert "2 of 2 architectures" in capsys.readouterr().out
+        return
+    assert arguments[0] in {"accept", "reject"}
+    (code,) = [text for page, text in blocks("python") if "save_checkpoint" in text and page == "memory.md"]
+    executed("memory.md", code)
+    if "--undo" in arguments:
+        command_line.main(["accept", "path/to/inspect/0.png", "path/to/inspect/1.png", "--ckpt_path", "washer.ckpt"])
+    capsys.readouterr()
+    command_line.main(arguments)
+    printed = capsys.readouterr().out
+    if arguments[0] == "reject":
+        assert "of the good parts" in printed
+        assert Path("path/to/escaped/masks").is_dir() is ("--masks" in arguments)
+    else:
+        assert f"Checkpoint: washer-accepted-{2 if '--undo' in arguments else 1}.ckpt" in printed
+
+
+def executed(page: str, text: str) -> dict[str, object]:
+    """The names that code of the documentation leaves, run with the built-in CLIP."""
+    arguments = f"backbone={built_in.ARCHITECTURE!r}, pretrained={built_in.PRETRAINED!r}, image_size=96, stages=[4]"
+    text = re.sub(r"AprilGAN\((\s*class_name)", rf"AprilGAN({arguments}, \1", text)
+    text = text.replace("AprilGAN(),", f"AprilGAN({arguments}),")
+    text = text.replace('dataset="mvtec"', 'dataset="mvtec", categories=["bottle", "tile"]')  # what the stand-in has
+    preamble = "from anomalib.engine import Engine\nfrom anomalib_aprilgan import AprilGAN\n"
+    names: dict[str, object] = {"images": torch.rand(2, 3, 40, 60)}
+    exec(compile(preamble + text, page, "exec"), names)  # noqa: S102  # the documentation's own code
+    return names
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
@@ -127,13 +160,7 @@ def test_python(page: str, text: str, work: Path) -> None:
     if "push_adapters" in text:
         compile(text, page, "exec")  # run in tests/unit/test_hub.py, against a hub on the loopback interface
         return
-    arguments = f"backbone={built_in.ARCHITECTURE!r}, pretrained={built_in.PRETRAINED!r}, image_size=96, stages=[4]"
-    text = text.replace("AprilGAN(class_name", f"AprilGAN({arguments}, class_name")
-    text = text.replace("AprilGAN(),", f"AprilGAN({arguments}),")
-    text = text.replace('dataset="mvtec"', 'dataset="mvtec", categories=["bottle", "tile"]')  # what the stand-in has
-    preamble = "from anomalib.engine import Engine\nfrom anomalib_aprilgan import AprilGAN\n"
-    names: dict[str, object] = {"images": torch.rand(2, 3, 40, 60)}
-    exec(compile(preamble + text, page, "exec"), names)  # noqa: S102  # the documentation's own code
+    names = executed(page, text)
     if "result" in names:
         assert names["result"].anomaly_map.shape[0] == 2
 

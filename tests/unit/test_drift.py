@@ -63,7 +63,26 @@ def test_other_light_is_told_within_a_hundred_images(light: float) -> None:
         words = run(monitor, 100, 500 + seed, light=light)
         assert "light" in words[-1]
         assert monitor.first is not None
-        assert "the mean colour is 0.0" in monitor.first
+        assert "mean values of " in monitor.first
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3])
+def test_parts_on_another_ground_now_and_then_hide_no_change_of_light(share: float) -> None:
+    """Some of the good parts lie on a far brighter ground."""
+
+    def seen(number: int, seed: int, light: float) -> Appearances:
+        found = appearances(number, seed)
+        found[np.random.default_rng(seed).random(number) < share, -3:] += 0.4
+        found[:, -3:] *= light
+        return found
+
+    for seed in range(5):
+        scores = np.random.default_rng(seed).random(200, dtype=np.float32)
+        for light, told in ((1.0, "no"), (0.9, "light")):
+            monitor = DriftMonitor(scores, seen(200, seed, 1.0))
+            draw = np.random.default_rng(50 + seed)
+            words = [monitor.update(float(draw.random()), one) for one in seen(100, 100 + seed, light)]
+            assert words[-1] == told
 
 
 def test_the_first_is_kept_and_the_word_follows_the_window() -> None:
@@ -84,8 +103,15 @@ def test_scores_that_are_no_numbers_do_not_count() -> None:
     assert monitor.seen == 200 + WINDOW
 
 
-def test_too_few_good_parts_tell_nothing() -> None:
-    assert set(run(monitor_of(9), 200, 1, shift=1.0)) == {""}
+def test_too_few_good_parts_or_images_tell_nothing() -> None:
+    monitor = monitor_of(9)
+    assert set(run(monitor, 200, 1, shift=1.0)) == {""}
+    assert monitor.summary == "not known before 50 images and 10 good parts"
+    monitor = monitor_of()
+    run(monitor, WINDOW - 1, 1)
+    assert monitor.summary.startswith("not known before 50 images")
+    run(monitor, 1, 2)
+    assert monitor.summary == "none"
 
 
 def test_images_in_tiles_have_colours_alone() -> None:

@@ -10,18 +10,20 @@ from scipy import stats
 
 # Images that are looked at together, and after how many new ones they are looked at again.
 WINDOW, STEP = 50, 10
-# Probability at which one look takes a difference for chance no longer. In 1,000 images there are 96 looks at three
-# things; all of them together stay below 0.05.
-LEVEL = 1e-4
+# Probability at which one look takes a difference for chance no longer. In 1,000 images there are 96 looks; all of
+# them together stay below 0.05. That of means is only about right where good parts are of several kinds.
+LEVEL, LEVEL_OF_MEANS = 1e-4, 1e-6
 # Good parts below which no difference could be that certain.
 _LEAST_PARTS = 10
+_CHANNELS = ("red", "green", "blue")
 
 
 class DriftMonitor:
     """Compares the latest images of a class with the good parts of its calibration.
 
-    Three things are compared in a sliding window: the distribution of the scores (Kolmogorov-Smirnov test of two
-    samples), the mean image feature and the mean colour, which follows the light; see ``mean_difference``.
+    Three things are compared in a sliding window: the distributions of the scores and of the images' mean colours,
+    which follow the light (Kolmogorov-Smirnov tests of two samples), and the mean image feature; see
+    ``mean_difference``.
 
     Args:
         scores: ``(n,)`` of good parts, on the same scale as those to come.
@@ -54,29 +56,47 @@ class DriftMonitor:
                 self.first = f"image {self.seen}, in the last {WINDOW}: {'; '.join(found.values())}"
         return self._words
 
+    @property
+    def summary(self) -> str:
+        """What changed first, in words, or that nothing has, or that there were too few images to tell."""
+        unknown = f"not known before {WINDOW} images and {_LEAST_PARTS} good parts"
+        return self.first or ("none" if self._words else unknown)
+
     def _look(self) -> dict[str, str]:
         """What differs, and the numbers that tell."""
         found = {}
         scores = np.array([score for score, _ in self._latest])
-        statistic, p_value = stats.ks_2samp(scores, self._scores)
+        told, p_value = _compared("scores", scores, self._scores)
         if p_value < LEVEL:
-            found["scores"] = (
-                f"scores have the median {np.median(scores):.4g}, those of {len(self._scores)} good parts "
-                f"{np.median(self._scores):.4g} (Kolmogorov-Smirnov {statistic:.2f}, p = {p_value:.1g})"
-            )
+            found["scores"] = told
         latest, good = np.stack([appearance for _, appearance in self._latest]), self._appearances
         if len(good) < _LEAST_PARTS:
             return found
-        for name, what, columns in (("images", "image feature", slice(-3)), ("light", "colour", slice(-3, None))):
-            if not good[:, columns].size:
-                continue
-            distance, expected, p_value = mean_difference(latest[:, columns], good[:, columns])
-            if p_value < LEVEL:
-                found[name] = (
-                    f"the mean {what} is {distance:.2g} from that of {len(good)} good parts, where {expected:.2g} "
-                    f"would be chance (p = {p_value:.1g})"
+        if good.shape[1] > len(_CHANNELS):  # not for images in tiles
+            distance, expected, p_value = mean_difference(latest[:, :-3], good[:, :-3])
+            if p_value < LEVEL_OF_MEANS:
+                found["images"] = (
+                    f"the mean image feature is {distance:.2g} from that of {len(good)} good parts, where "
+                    f"{expected:.2g} would be chance (p = {p_value:.1g})"
                 )
+        channels = [
+            _compared(f"mean values of {channel}", latest[:, place], good[:, place])
+            for place, channel in enumerate(_CHANNELS, good.shape[1] - len(_CHANNELS))
+        ]
+        told, p_value = min(channels, key=lambda channel: channel[1])
+        if p_value < LEVEL / len(_CHANNELS):
+            found["light"] = told
         return found
+
+
+def _compared(what: str, latest: NDArray[np.float32], good: NDArray[np.float32]) -> tuple[str, float]:
+    """How two samples of numbers differ, in words, and the p-value."""
+    statistic, p_value = stats.ks_2samp(latest, good)
+    text = (
+        f"{what} have the median {np.median(latest):.4g}, those of {len(good)} good parts {np.median(good):.4g} "
+        f"(Kolmogorov-Smirnov {statistic:.2f}, p = {p_value:.1g})"
+    )
+    return text, float(p_value)
 
 
 def mean_difference(first: NDArray[np.float32], second: NDArray[np.float32]) -> tuple[float, float, float]:

@@ -108,7 +108,7 @@ class DecisionsWriter(ResultWriter):
         write_atomically(path, lambda file: file.write(_as_csv(columns, [_HEADER, *rows])))
         rank_zero_info(f"Decisions on {len(rows)} images: {path}")
         for row, monitor in sorted(self._monitors.items()):
-            rank_zero_info(f"Drift of {names[row]!r} in {monitor.seen} images: {monitor.first or 'none'}")
+            rank_zero_info(f"Drift of {names[row]!r} in {monitor.seen} images: {monitor.summary}")
 
     def _drift(self, batch: ImageBatch, pl_module: LightningModule) -> list[str]:
         """What has changed at each image of a batch, where good parts are known; see ``DriftMonitor``."""
