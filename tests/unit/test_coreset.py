@@ -1,10 +1,13 @@
 """Which patches stand for all: spread as far as can be, the same for the same seed."""
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from anomalib.models.components import KCenterGreedy
 
 from anomalib_aprilgan.network.coreset import coreset_indices
+from anomalib_aprilgan.running import seeded
 
 
 def clusters(number: int = 6, each: int = 40, width: int = 16) -> torch.Tensor:
@@ -55,3 +58,21 @@ def test_as_many_as_there_are_are_all() -> None:
 def test_more_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`memory_size` must be at most the 30 patches .*, got 31. Ask for"):
         coreset_indices(clusters(each=2), 31, seed=0)
+
+
+def test_patches_are_those_that_anomalib_chooses() -> None:
+    patches = F.normalize(torch.randn(500, 24, generator=torch.Generator().manual_seed(2)), dim=1)
+    with seeded(5):
+        theirs = KCenterGreedy(patches, 60.5 / 500)
+        theirs.model.random_state = 5
+        expected = sorted(theirs.select_coreset_idxs())
+    assert coreset_indices(patches, 60, seed=5).tolist() == expected
+
+
+def test_memory_stays_that_of_the_patches() -> None:
+    """As large as copies of them are kept on a common allocator's heap."""
+    patches = F.normalize(torch.randn(14_400, 96, generator=torch.Generator().manual_seed(2)), dim=1)
+    coreset_indices(patches, 10, seed=0)
+    before = psutil.Process().memory_info().rss
+    coreset_indices(patches, 300, seed=0)
+    assert psutil.Process().memory_info().rss - before < 50 * patches.nbytes
