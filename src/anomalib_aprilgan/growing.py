@@ -264,6 +264,7 @@ def _values_of(place: Workplace, row: int) -> dict[str, list[float]]:
         "fixed": [float(post_processor.fixed[row])],
         "scores": scores.tolist(),
         "appearances": appearances.flatten().tolist(),
+        "width": [float(appearances.shape[1])],
     }
 
 
@@ -276,9 +277,10 @@ def _restore_values(place: Workplace, row: int, held: Mapping[str, list[float]])
     values = post_processor.of_class(row)
     scores, appearances = values.good_parts()
     scores = torch.tensor(given.pop("scores")) if "scores" in given else scores
+    (width,) = given.pop("width", [float(appearances.shape[1])])
     if "appearances" in given:
         flat = torch.tensor(given.pop("appearances"))
-        appearances = flat.view(-1, appearances.shape[1]) if len(flat) else torch.empty(0, 0)
+        appearances = flat.view(-1, int(width)) if len(flat) else torch.empty(0, 0)
     fixed = given.pop("fixed", [float(post_processor.fixed[row])])
     values.take({name: value for name, (value,) in given.items()})
     values.set_good_parts(scores, appearances)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 _LONGEST = 200  # characters of an ingredient
 # What may be held of a class while good parts join its memory bank: its values in a post-processor, or its bounds in a
-# fusion; whether they are fixed; scores and appearances of the good parts that calibrated them.
+# fusion; whether they are fixed; scores and appearances, the latter of so many numbers each, of the good parts that
+# calibrated them.
 HELD = (
     "image_min", "image_threshold", "image_max", "pixel_min", "pixel_threshold", "pixel_max",
-    "map_maximum_min", "map_maximum_max", "low", "high", "fixed", "scores", "appearances",
+    "map_maximum_min", "map_maximum_max", "low", "high", "fixed", "scores", "appearances", "width",
 )  # fmt: skip
 
 

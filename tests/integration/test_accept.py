@@ -199,6 +199,10 @@ class TestModel:
         with pytest.raises(FileNotFoundError, match="`calibration`: no file"):
             model.accept(str(SEEN[0]))
         assert (buffers(model), records(model)) == before
+        Path(files[0]).write_bytes(b"broken")  # which shows while thresholds are being calibrated
+        with pytest.raises(ValueError, match=r"`calibration`: .* cannot be read as an image"):
+            model.accept(str(SEEN[0]))
+        assert (buffers(model), records(model)) == before
         (tmp_path / "broken.png").write_bytes(b"broken")
         with pytest.raises(ValueError, match=r"`files`: .*broken\.png cannot be read as an image"):
             model.accept([str(SEEN[0]), str(tmp_path / "broken.png")])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anomalib_aprilgan.decision.calibration import Calibration, Score, light_variant
+from anomalib_aprilgan.decision.calibration import Calibration, Score, light_variant, likely_good
 
 
 def write(folder: Path, number: int, first: int = 0) -> list[str]:
@@ -77,6 +77,36 @@ def noting(seen: list[list[int]]) -> Score:
         return level(image, without)
 
     return score
+
+
+class TestContamination:
+    def test_images_with_the_highest_maps_do_not_count(self, tmp_path: Path) -> None:
+        files = [Path(name) for name in [*write(tmp_path / "a", 8, first=20), *write(tmp_path / "b", 2, first=200)]]
+        seen: list[list[int]] = []
+        found = {
+            share: Calibration("references", 0.05, contamination=share).thresholds(files, lambda _: 1, noting(seen))
+            for share in (0.0, 0.1, 0.2, 0.5)
+        }
+        assert found[0.0].image > 150
+        assert found[0.1].image > 150  # one of the two is left
+        assert found[0.2].image < 60
+        assert found[0.2].pixel < 600
+        assert found[0.5].image <= found[0.2].image
+        assert max(left_out for (left_out,) in seen[-13 * 5 :]) == 4  # the five darkest
+
+    @pytest.mark.parametrize(
+        ("share", "good"), [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 2, 3, 4]), (0.21, [0, 3, 4]), (0.5, [0, 4])]
+    )
+    def test_the_share_that_is_left_out_is_rounded_up(self, share: float, good: list[int]) -> None:
+        assert likely_good(torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2]), share) == good
+
+    def test_verified_images_count_whatever_their_maps(self, tmp_path: Path) -> None:
+        files = [Path(name) for name in write(tmp_path / "good", 40)]
+        thresholds = [
+            Calibration(str(tmp_path / "good"), 0.05, contamination=share).thresholds(files, lambda _: 1, level)
+            for share in (0.0, 0.5)
+        ]
+        assert thresholds[0] == thresholds[1]
 
 
 class TestReferences:

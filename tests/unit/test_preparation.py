@@ -235,3 +235,40 @@ class TestReadiness:
         text = r"The adapters are untrained: the maps mean nothing\. Train them with `fit`, or pass"
         with pytest.warns(UserWarning, match=text):
             build(adapters=None).setup("predict")
+
+
+class TestManyReferences:
+    def test_are_encoded_a_few_at_a_time_and_remembered_alike(self, build: Build, tmp_path: Path) -> None:
+        files = write(tmp_path / "many", 35)
+        model = build(k_shot=35, references=files)
+        model.setup("predict")
+        features = model.model.few_shot.features(0)
+        assert len(features) == 35
+        for place in (0, 15, 16, 34):
+            alone = build(k_shot=1, references=files[place : place + 1])
+            alone.setup("predict")
+            assert torch.equal(alone.model.few_shot.features(0)[0], features[place])
+
+    @pytest.mark.parametrize("options", [{}, {"tile_size": 32}])
+    def test_one_that_cannot_be_read_leaves_no_half_of_a_bank(
+        self, build: Build, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        files = write(tmp_path / "many", 20)
+        content = Path(files[18]).read_bytes()
+        Path(files[18]).write_bytes(b"broken")
+        model = build(k_shot=20, references=files, **options)
+        image = torch.rand(1, 3, 48, 48)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"`references`: .*18\.png cannot be read as an image"):
+                model(image)
+            assert model.model.few_shot.number(0) == 0
+        Path(files[18]).write_bytes(content)
+        assert model(image).pred_score.isfinite().all()
+        assert model.model.few_shot.number(0) >= 20
+
+    def test_a_coreset_that_cannot_be_had_leaves_no_bank(self, build: Build) -> None:
+        model = build(memory_size=109)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="`memory_size` must be at most the 108 patches"):
+                model(torch.rand(1, 3, 48, 48))
+            assert model.model.few_shot.number(0) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,18 @@ class FewShotScorer(nn.Module, ABC):
 
     def check_features(self, features: Tensor) -> None:
         """Raise a ValueError for features, from a checkpoint, that this scorer cannot have made."""
+
+    @contextmanager
+    def unchanged_on_error(self, row: int) -> Iterator[None]:
+        """Context after whose errors a class is remembered as it was before."""
+        buffers = vars(self.remembered[row])["_buffers"]
+        held = dict(buffers)
+        try:
+            yield
+        except BaseException:
+            buffers.clear()
+            buffers.update(held)
+            raise
 
     def make_room(self, row: int, tensors: Mapping[str, Tensor]) -> None:
         """Have buffers for the tensors of a class, by name, which a checkpoint holds and which are loaded next.

@@ -164,7 +164,8 @@ class AprilGANModel(nn.Module):
             anomaly_map = torch.stack([maps[:, 1] for maps in probabilities]).sum(dim=0)
             image_feature = output.image_feature.float()
             score = text_probability(image_feature, text_features, self.temperature)
-            compared = self.few_shot.compare(images, output, rows, without) if self.few_shot and few_shot else None
+            scorer = self.few_shot if few_shot else None
+            compared = None if scorer is None else scorer.compare(images, output, rows, without)
             if compared is None or compared.accepted is None or compared.references is None:
                 nearest = 0.0 if compared is None else compared.nearest
                 anomaly_map = smooth(anomaly_map + nearest, self.smoothing_sigma)

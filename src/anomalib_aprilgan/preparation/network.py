@@ -201,11 +201,12 @@ def _remember(place: Workplace, row: int, images: Iterable[Tensor]) -> list[Visi
     if scorer is None:
         return []
     fill, outputs, number = scorer.fill, list[VisionOutput](), 0
-    for together, of_group in encoded(place, images):
-        fill(row, together, VisionOutput.cat(of_group))
-        fill, number = scorer.add, number + len(of_group)
-        outputs = [*outputs, *of_group] if number <= _ENCODED_TOGETHER else []
-    scorer.condense(row)
+    with scorer.unchanged_on_error(row):
+        for together, of_group in encoded(place, images):
+            fill(row, together, VisionOutput.cat(of_group))
+            fill, number = scorer.add, number + len(of_group)
+            outputs = [*outputs, *of_group] if number <= _ENCODED_TOGETHER else []
+        scorer.condense(row)
     return outputs if place.settings.tile_size is None else []
 
 
@@ -225,13 +226,14 @@ def _fill_from_batch(place: Workplace, row: int, scorer: FewShotScorer) -> list[
     if scorer.number(row) and asked == recipes.asked and recipes.bank is not None and recipes.bank.agrees(wanted):
         return []
     readable: list[Path] = []
-    outputs = _remember(place, row, _readable(drawn, readable))
-    if scorer.number(row) < LEAST_UNLABELLED:
-        msg = (
-            f"`batch_zero_shot` compares the images of {classes.names[row]!r} with each other, and needs at least "
-            f"{LEAST_UNLABELLED} that can be read; got {scorer.number(row)}."
-        )
-        raise ValueError(msg)
+    with scorer.unchanged_on_error(row):
+        outputs = _remember(place, row, _readable(drawn, readable))
+        if len(readable) < LEAST_UNLABELLED:
+            msg = (
+                f"`batch_zero_shot` compares the images of {classes.names[row]!r} with each other, and needs at least "
+                f"{LEAST_UNLABELLED} that can be read; got {len(readable)}."
+            )
+            raise ValueError(msg)
     recipes.bank, recipes.asked, recipes.references = wanted, asked, [str(file) for file in readable]
     return outputs
 

@@ -10,9 +10,10 @@ from scipy import stats
 
 # Images that are looked at together, and after how many new ones they are looked at again.
 WINDOW, STEP = 50, 10
-# Probability at which one look takes a difference for chance no longer. In 1,000 images there are 96 looks; all of
-# them together stay below 0.05. That of means is only about right where good parts are of several kinds.
-LEVEL, LEVEL_OF_MEANS = 1e-4, 1e-6
+# Probability at which one look takes a difference for chance no longer. In 1,000 images there are 96 looks; parts of
+# a line are less independent than the tests take them for, and the test of means is only about right where good parts
+# are of several kinds.
+LEVEL, LEVEL_OF_MEANS = 1e-5, 1e-6
 # Good parts below which no difference could be that certain.
 _LEAST_PARTS = 10
 _CHANNELS = ("red", "green", "blue")
