@@ -735,3 +735,17 @@ def test_metrics_in_an_evaluator_are_those_of_the_table(
     (found,) = engine(tmp_path).test(model=model, datamodule=DrawnInspection(**drawn["init_args"]), verbose=False)
     assert found["PublishedAUPRO"] == pytest.approx(table.aupro[0], abs=1e-4)
     assert found["image_pixel_ChallengeF1Max"] == pytest.approx(table.challenge_f1_max[0], abs=1e-4)
+
+
+def test_banks_that_are_not_plain_ones_are_measured_one_by_one(configure: Configure) -> None:
+    """Also without references, where what is about them does not count."""
+    plain, _ = run(configure("plain", k_shot=[0, 3], model={"AprilGAN": OURS}))
+    for name, options in {
+        "bounded": {"memory_size": 40, "memory_dtype": "float16"},
+        "unlabelled": {"references_unlabelled": True, "lowest_share": 1.0},
+    }.items():
+        ours = OURS | {"init_args": OURS["init_args"] | options}
+        found, _ = run(configure(name, k_shot=[0, 3], model={"AprilGAN": ours}))
+        both = [table.set_index("k_shot").pixel_auroc for table in (found, plain)]
+        assert both[0][0] == pytest.approx(both[1][0], abs=1e-6)
+        assert abs(both[0][3] - both[1][3]) > 1e-6

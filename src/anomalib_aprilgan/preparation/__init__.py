@@ -66,8 +66,8 @@ def _prepare(place: Workplace, stage: str, *, single: bool) -> bool:
         renewed = set_bounds(place, row, outputs) or renewed
         if (calibration := settings.how_to_calibrate) is not None:
             calibrate(place, calibration, row)
-    scorer = place.network.few_shot
-    if scorer is not None and stage != "validate" and not _remembers(settings, made, scorer):
+    scorer, batch = place.network.few_shot, settings.remembering.batch_zero_shot
+    if batch and scorer is not None and stage != "validate" and not _remembers(settings, made, scorer):
         msg = (
             "`batch_zero_shot` compares the image files of a test or prediction with each other, and there are none: "
             "call `Engine.test` or `Engine.predict` with them, or compare with `references_unlabelled`."
