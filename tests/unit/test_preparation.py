@@ -272,3 +272,21 @@ class TestManyReferences:
             with pytest.raises(ValueError, match="`memory_size` must be at most the 108 patches"):
                 model(torch.rand(1, 3, 48, 48))
             assert model.model.few_shot.number(0) == 0
+
+    @pytest.mark.parametrize(("number", "expected"), [(32, [*range(32)]), (63, [*range(0, 63, 2)])])
+    def test_of_many_some_that_are_evenly_spread_are_held_out(
+        self, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: list[int]
+    ) -> None:
+        model, held_out, predict = (
+            build(k_shot=number, references=write(tmp_path / "many", number)),
+            [],
+            AprilGAN.predict,
+        )
+
+        def noting(self: AprilGAN, *given: Any, **options: Any) -> Any:
+            held_out.extend(given[2])
+            return predict(self, *given, **options)
+
+        monkeypatch.setattr(AprilGAN, "predict", noting)
+        model.setup("predict")
+        assert held_out == expected

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from ..recipe import Recipe, digest_of_tensors
 from .workplace import Workplace, tiles_of
 
 logger = logging.getLogger(__name__)
+
+# References that are held out for the bounds of a class, at most: their extremes change little with more.
+_MOST_HELD_OUT = 32
 
 
 def set_bounds(place: Workplace, row: int, outputs: Sequence[VisionOutput] = ()) -> bool:
@@ -137,7 +141,10 @@ def bounds_recipe(place: Workplace, row: int) -> Recipe:
 
 
 def _held_out(place: Workplace, row: int, outputs: Sequence[VisionOutput]) -> list[RawPredictions]:
-    """Raw predictions of the references of a class, each held out of the memory bank in turn; none for a single one."""
+    """Raw predictions of the references of a class, each held out of the memory bank in turn; none for a single one.
+
+    Of many references, some that are evenly spread stand for all.
+    """
     files = [Path(path) for path in place.made.rows[row].references]
     if place.network.few_shot is None or len(files) < 2 or not place.network.few_shot.number(row):
         return []
@@ -148,10 +155,13 @@ def _held_out(place: Workplace, row: int, outputs: Sequence[VisionOutput]) -> li
             stacklevel=2,
         )
         return []
+    chosen = {round(number) for number in np.linspace(0, len(files) - 1, min(len(files), _MOST_HELD_OUT))}
     found, start = [], 0
     for number, file in enumerate(files):
         image = place.augmented(read_reference(file)).to(place.device)
         end = start + len(tiles_of(place, image))
-        found.append(place.predict(image, place.row(row), range(start, end), outputs[number] if outputs else None))
+        if number in chosen:
+            output = outputs[number] if outputs else None
+            found.append(place.predict(image, place.row(row), range(start, end), output))
         start = end
     return found

@@ -167,12 +167,13 @@ def unlabelled(category: str, stock: Stock) -> Figures:
     build = partial(build_model, category)
     at_a_share = partial(build, calibration="references", false_positive_rate=FALSE_POSITIVE_RATE)
     found = {"0-shot": figures(build(), stock)}
-    for number in (4, UNLABELLED):
-        model = at_a_share(k_shot=number, references=stock.good[:number])
-        found[f"{number} verified references"] = figures(model, stock) | shares(model, stock)
+    model = at_a_share(k_shot=4, references=stock.good[:4])
+    found["4 verified references"] = figures(model, stock) | shares(model, stock)
+    verified = build(k_shot=UNLABELLED, references=stock.good[:UNLABELLED])
+    found[f"{UNLABELLED} verified references"] = figures(verified, stock)
     for share in SHARES:
         of_maps: dict[str, float] = {}  # on which the stated share has no influence
-        for contamination in sorted({share, 0.3}):
+        for contamination in sorted({share, 0.3} if share == 0.0 else {share}):  # the default where none is defective
             mixed = {"k_shot": UNLABELLED, "references": stock.mixed(share), "references_unlabelled": True}
             model = at_a_share(**mixed, contamination=contamination)
             of_maps = of_maps or figures(model, stock)
