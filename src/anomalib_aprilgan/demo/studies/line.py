@@ -117,25 +117,28 @@ def uniform(category: str, stock: Stock) -> dict[str, float]:
 
 def drift(category: str, stock: Stock) -> dict[str, float]:
     """After how many images drift is told: 1,000 good ones, and 200 in other light; NaN where it never is."""
-    found = {}
     images = read(stock.others)
+    seen = {"as before": images[:1000]}
+    seen |= {f"light x {factor}": (images[:FRESH] * factor).clamp(0.0, 1.0) for factor in LIGHT}
+    found, looks = {}, {}
     for number in (HELD_OUT, len(stock.calibration)):
         model = calibrated(category, stock, number)
         post_processor: Any = model.post_processor
         good = [part.numpy() for part in post_processor.of_class(0).good_parts()]
-
-        def told_at(given: Tensor, model: AprilGAN = model, good: list[Any] = good) -> float:
-            monitor = DriftMonitor(*good)
-            for place, (score, appearance) in enumerate(zip(*looked_at(model, given), strict=True), 1):
-                monitor.update(score.item(), appearance.numpy())
-                if monitor.first is not None:
-                    return float(place)
-            return float("nan")
-
-        found[f"as before, {number} parts"] = told_at(images[:1000])
-        for factor in LIGHT:
-            found[f"light x {factor}, {number} parts"] = told_at((images[:FRESH] * factor).clamp(0.0, 1.0))
+        # Thresholds have no part in it: the scores are those of the same memory bank.
+        looks = looks or {name: looked_at(model, given) for name, given in seen.items()}
+        for name, (scores, appearances) in looks.items():
+            found[f"{name}, {number} parts"] = told_at(DriftMonitor(*good), scores, appearances)
     return found
+
+
+def told_at(monitor: DriftMonitor, scores: Tensor, appearances: Tensor) -> float:
+    """Number of the image at which drift is told; NaN where it never is."""
+    for place, (score, appearance) in enumerate(zip(scores, appearances, strict=True), 1):
+        monitor.update(score.item(), appearance.numpy())
+        if monitor.first is not None:
+            return float(place)
+    return float("nan")
 
 
 def measure_product(root: Path, task: tuple[str, int]) -> Figures:
