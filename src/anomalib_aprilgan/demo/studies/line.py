@@ -120,7 +120,8 @@ def drift(category: str, stock: Stock) -> dict[str, float]:
     images = read(stock.others)
     seen = {"as before": images[:1000]}
     seen |= {f"light x {factor}": (images[:FRESH] * factor).clamp(0.0, 1.0) for factor in LIGHT}
-    found, looks = {}, {}
+    found: dict[str, float] = {}
+    looks: dict[str, tuple[Tensor, Tensor]] = {}
     for number in (HELD_OUT, len(stock.calibration)):
         model = calibrated(category, stock, number)
         post_processor: Any = model.post_processor
