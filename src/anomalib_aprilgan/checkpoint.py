@@ -22,6 +22,7 @@ from .files import check_no_bomb, damaged, is_file, write_atomically
 from .migration import CHECKPOINT_KEY, FEW_SHOT, FORMAT, migrate
 from .network.memory_bank import VisionMemoryBank
 from .network.model import AprilGANModel
+from .network.roi import RegionsOfInterest
 from .preparation.workplace import Made
 from .provenance import Provenance, check_shapes
 from .recipe import HELD, RowRecipes
@@ -65,7 +66,7 @@ _ENTRIES_OF_ROW: dict[str, Any] = {
     "asked": str,
     "references": [str],
 }
-_LATER_ENTRIES_OF_ROW: dict[str, Any] = {"contents": [str], "accepted": [dict]}
+_LATER_ENTRIES_OF_ROW: dict[str, Any] = {"contents": [str], "accepted": [dict], "roi": _RECIPE, "asked_roi": str}
 _ENTRIES_OF_ACCEPTANCE: dict[str, Any] = {
     "when": str,
     "files": [str],
@@ -75,6 +76,7 @@ _ENTRIES_OF_ACCEPTANCE: dict[str, Any] = {
     "recipes": {str: _RECIPE},
 }
 _REMEMBERED = "model.few_shot.remembered.{}."
+_ROI = "model.roi.of_class.{}."
 
 
 def write(checkpoint: dict[str, Any], settings: Settings, made: Made, network: AprilGANModel) -> None:
@@ -229,6 +231,7 @@ def restore(
                 name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
             }
             network.few_shot.make_room(row, tensors)
+    network.roi = _room_for_roi(state_dict, settings, len(classes))
     own_fusion.set_rows(none, network.map_limit)
     for name, value in own_fusion.state_dict().items():
         state_dict.setdefault(f"own_fusion.{name}", value)
@@ -249,6 +252,23 @@ def restore(
         clip=content["clip"],
         memory_tower=content["memory_tower"],
     )
+
+
+def _room_for_roi(tensors: Mapping[str, Tensor], settings: Settings, number: int) -> RegionsOfInterest | None:
+    """Room for the regions of interest of a checkpoint; a ValueError where they cannot be such."""
+    if not any(name.startswith(_ROI.partition("{")[0]) for name in tensors):
+        return None
+    roi, size = RegionsOfInterest(number), tuple(settings.architecture.image_size)
+    for row in range(number):
+        prefix = _ROI.format(row)
+        one = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        inside, frame = (one.get(name, torch.empty(0)) for name in ("inside", "frame"))
+        expected = tuple(frame.tolist()) if settings.tile_size is not None else size
+        if inside.dtype != torch.bool or len(frame) != 2 or (inside.numel() and tuple(inside.shape) != expected):
+            msg = f"`ckpt_path`: the region of interest of class {row} must be a mask of {expected}, the rows of a map."
+            raise ValueError(msg)
+        roi.make_room(row, one)
+    return roi
 
 
 def has_references(state_dict: Mapping[str, Tensor]) -> bool:

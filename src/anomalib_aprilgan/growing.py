@@ -210,7 +210,7 @@ def _join(place: Workplace, row: int, parts: Sequence[tuple[str, str, Tensor]]) 
     recipes, bank, number = place.made.rows[row], place.network.few_shot, 0
     held = _values_of(place, row)
     earlier = {"bounds": recipes.bounds, "calibration": recipes.calibration}
-    for together, outputs in encoded(place, [image for _, _, image in parts]):
+    for together, outputs in encoded(place, [image for _, _, image in parts], row):
         number += len(together)
         if isinstance(bank, MemoryBank):
             bank.accept(row, together, VisionOutput.cat(outputs))

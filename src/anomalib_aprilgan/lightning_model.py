@@ -11,7 +11,6 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -22,19 +21,22 @@ from .building import build_network, build_post_processor, build_pre_processor, 
 from .classes import Classes, rows_of_batch, words_by_name
 from .clip.backbone import VisionOutput
 from .clip.prompts import PromptEnsemble
-from .components import Components, mend_optimizer_of_command_line
+from .components import Components
 from .data.listing import DataAtHand, class_name_of, tells_classes
 from .data.reading_hooks import ReadingHooks
+from .data.roi import plain_roi
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
 from .exporting import Exporting
 from .growing import Growing
-from .inspection import predict_images
+from .inspection import look_within, predict_images
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel, RawPredictions
 from .preparation import SETTING_UP, Made, Workplace, attach_clip, is_ready, note_learned, prepare
 from .remembering import Remembering
+from .reporting import Reporting
 from .results.metric_inputs import MetricInputs
+from .results.outputs import Outputs
 from .results.table import DecisionsWriter
 from .results.trainer import prepare_trainer
 from .running import (
@@ -60,7 +62,7 @@ from .sharing import Sharing
 from .training import Training
 
 
-class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule):  # type: ignore[misc]  # anomalib's visualizer has other arguments
+class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, AnomalibModule):  # type: ignore[misc]  # its visualizer
     """APRIL-GAN: zero-/few-shot anomaly detection with CLIP, linear adapters and memory banks.
 
     A frozen CLIP compares an image and its patches with sentences about good and bad objects. A linear adapter per
@@ -116,6 +118,13 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
             every class, drawn where there are more, 64 where ``k_shot`` is 0.
         lowest_share: Share of unlabelled references whose distances, the lowest, count, in (0, 1].
         contamination: Share of unlabelled references that may be defective, in [0, 0.5], which thresholds allow for.
+        roi: Region of interest, in pixels of the images: a mask image (bright is inside), a box ``[left, top, right,
+            bottom]`` or a list of polygons ``[[x, y], ...]``; for several classes a mapping from their names to such.
+            What lies outside, and about two pixels of ``image_size`` along the border, changes nothing. Not for
+            training.
+        outputs: What a run writes beside decisions and drawings: some of ``regions``, ``coco``, ``masks``, ``maps``,
+            ``report``.
+        min_area: Regions of fewer pixels of the image file are left out.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one; ``"anomalib"`` for the metrics of its other models.
@@ -164,6 +173,9 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         batch_zero_shot: bool = False,
         lowest_share: float = 0.3,
         contamination: float = 0.3,
+        roi: dict[str, Any] | list[Any] | str | None = None,
+        outputs: list[str] | None = None,
+        min_area: int = 0,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool | Literal["anomalib"] = True,
@@ -181,6 +193,7 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         stages = numbers_of("stages", stages)
         memory_stages = None if memory_stages is None else numbers_of("memory_stages", memory_stages)
         references, calibration = plain_paths(references), plain_paths(calibration, "calibration")
+        roi, self.outputs = plain_roi(roi), Outputs(outputs, min_area)
         architecture = architecture_of(backbone, quick_gelu, image_size, aspect_ratio, tile_size)
         tapped = architecture.check_stages(stages)
         tower, remembered = memory_of(memory_backbone, memory_image_size, memory_stages, architecture, tapped)
@@ -191,7 +204,7 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
             architecture, pretrained, adapters, tapped, remembered,
             words_by_name(class_name), default_class, class_aliases, PromptEnsemble.of(prompts), memory.shots(k_shot),
             references, seed, few_shot, score_fusion, tile_size, tile_overlap, smoothing_sigma, neighbourhood,
-            top_share, calibration, false_positive_rate, temperature, tower, memory_pretrained, memory,
+            top_share, calibration, false_positive_rate, temperature, tower, memory_pretrained, memory, roi,
         )  # fmt: skip
         super().__init__(
             build_pre_processor(settings, pre_processor),
@@ -212,16 +225,6 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         has_references = self.settings.k_shot and not self.settings.remembering.batch_zero_shot
         return LearningType.FEW_SHOT if has_references else LearningType.ZERO_SHOT
 
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """The callbacks that anomalib wants, the reading of images, and the table of decisions unless one is given."""
-        mend_optimizer_of_command_line(self)
-        own = super().configure_callbacks()
-        given = [] if self._trainer is None else vars(self.trainer)["callbacks"]
-        tables = [callback for callback in given if isinstance(callback, DecisionsWriter)] or [self.table]
-        # A row of the table before the drawing: where there is a drawing, there is a row.
-        own = [*(own if isinstance(own, Sequence) else [own]), self.metric_inputs, self.metric_inputs.after]
-        return [*tables, *own, self.reading_hooks]
-
     def setup(self, stage: str) -> None:
         """Load CLIP; without a trainer, ``setup("predict")`` makes the model ready to be called.
 
@@ -234,9 +237,7 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         with SETTING_UP:
             attach_clip(self.settings, self.made, self.model, self.device)
         prepare_trainer(self.trainer)
-        own: list[object] = [self.pre_processor, self.post_processor, self.evaluator, self.visualizer, self.table]
-        own += [self.metric_inputs, self.metric_inputs.after]
-        self.reading_hooks.install(self.trainer, stage, own)  # before Lightning starts the loaders' workers
+        self.reading_hooks.install(self.trainer, stage, self.own_callbacks)  # before Lightning starts the loaders' workers
 
     def on_validation_start(self) -> None:
         """Complete the set-up, with what a checkpoint may have brought; so at the start of tests and predictions."""
@@ -249,13 +250,16 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         """Note what the bounds and thresholds rest on that validation has learned."""
         note_learned(Workplace.of(self, self._data))
 
-    def make_ready(self, stage: str, *, is_named: bool = False) -> None:
-        """Make whatever is missing for a stage, or for ``"export"``; see ``anomalib_aprilgan.preparation.prepare``."""
+    def make_ready(self, stage: str, *, is_named: bool = False, frame: tuple[int, int] | None = None) -> None:
+        """Make whatever is missing for a stage, or for ``"export"``; see ``anomalib_aprilgan.preparation.prepare``.
+
+        ``frame`` is height and width of images that come without a run.
+        """
         with SETTING_UP, precision_of(self)[1]:
             loaders = running_loaders(self.trainer) if is_running(self) else None
             self._data = DataAtHand.of(loaders, self.pre_processor)
             single = stage == "export" or (stage == "predict" and not is_named and not tells_classes(loaders))
-            renewed = prepare(Workplace.of(self, self._data), stage, single=single)
+            renewed = prepare(Workplace.of(self, self._data, frame), stage, single=single)
             self.to(self.device)
         if renewed and stage in {"test", "predict"} and is_running(self) and self.settings.adapters is None:
             training.validate(self, self.post_processor, datamodule_of(self))
@@ -283,7 +287,7 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         rows = None
         if not torch.compiler.is_compiling():
             if not is_ready(self.settings, self.made, self.model):
-                self.make_ready("predict", is_named=class_name is not None)
+                self.make_ready("predict", is_named=class_name is not None, frame=(batch.shape[-2], batch.shape[-1]))
             rows = self.made.classes.rows_for(class_name, len(batch), batch.device)
         predictions = self._fused(self.predict(batch, rows), rows)
         if isinstance(self.post_processor, AprilGANPostProcessor):
@@ -316,6 +320,8 @@ class AprilGAN(Components, Training, Growing, Sharing, Exporting, AnomalibModule
         """Predictions, from which the post-processor learns; while fitting also the loss, to be monitored."""
         del batch_idx, dataloader_idx  # Lightning asks for them where there are several loaders
         rows = self.rows_of(batch)
+        if self.model.roi is not None and not is_fitting(self):
+            look_within(self.model.roi, batch, rows, check_files=self.settings.tile_size is None)
         raw = self.predict(plain_images(batch), rows, is_prepared=True)
         mask = training.known_mask(batch) if is_fitting(self) else None
         if mask is not None:

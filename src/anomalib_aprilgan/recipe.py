@@ -78,8 +78,8 @@ class RowRecipes:
 
     ``bounds`` are those of the score, with thresholds by default or by validation. ``asked`` says in words where the
     references were to be drawn from, ``references`` their paths, for the log, ``contents`` the digests of their
-    contents. ``accepted`` are the good parts that
-    joined them later, in this order.
+    contents. ``accepted`` are the good parts that joined them later, in this order. ``asked_roi`` is what the region of
+    interest was to be.
     """
 
     text: Recipe | None = None
@@ -90,6 +90,8 @@ class RowRecipes:
     references: list[str] = field(default_factory=list)
     contents: list[str] = field(default_factory=list)
     accepted: list[Acceptance] = field(default_factory=list)
+    roi: Recipe | None = None
+    asked_roi: str = ""
 
     @property
     def accepted_contents(self) -> list[str]:

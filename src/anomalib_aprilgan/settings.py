@@ -15,6 +15,7 @@ from .clip.prompts import PromptEnsemble
 from .clip.vision_tower import TowerArchitecture
 from .data.pre_processing import aspect_size
 from .data.references import OneClass, References
+from .data.roi import PlainRoi
 from .decision.calibration import Calibration
 from .decision.fusion import FUSIONS, check_top_share
 from .network import SCORERS
@@ -57,6 +58,7 @@ class Settings:
     memory_tower: TowerArchitecture | None
     memory_pretrained: str | None
     remembering: Remembering
+    roi: PlainRoi | None = None
 
     def __post_init__(self) -> None:
         """Raise if arguments are out of range or do not go together."""

@@ -24,7 +24,8 @@ from anomalib_aprilgan.data.pre_processing import AprilGANPreProcessor
 from anomalib_aprilgan.data.references import list_references
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.results.drawing import CONTOUR_COLOUR, TRUTH_COLOUR, Result, draw
-from anomalib_aprilgan.results.visualizer import AprilGANVisualizer, output_folders
+from anomalib_aprilgan.results.file_names import output_folders
+from anomalib_aprilgan.results.visualizer import AprilGANVisualizer
 
 SIDE = 320  # of panels that are drawn as they are
 LEFT, TOP, GAP = 12, 84, 12  # where the first panel lies, and what lies between two

@@ -192,6 +192,20 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return (resized > 127.5).to(mask.dtype)
 
 
+def unmixed(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which pixels ``(h, w)`` of a resized image come from true pixels of ``mask`` ``(H, W)`` alone.
+
+    The resize is that of ``resize_image``, whose pixels are made of some that lie around them.
+    """
+    if tuple(mask.shape) == tuple(size):
+        return mask
+    rows, columns = (
+        (_filter_matrix(length, target, _bicubic, mask.device) != 0).float()
+        for length, target in zip(mask.shape, size, strict=True)
+    )
+    return (rows @ (~mask).float() @ columns.T) == 0
+
+
 def fitting_mask(mask: Tensor, image: Tensor) -> Tensor:
     """A mask ``(h, w)`` at the size of its image ``(..., H, W)``; as it is where it has that size."""
     if mask.shape[-2:] == image.shape[-2:]:

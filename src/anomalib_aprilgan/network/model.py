@@ -15,6 +15,7 @@ from ..clip.backbone import ClipBackbone, VisionOutput
 from ..running import full_precision
 from .adapters import LinearAdapters
 from .few_shot import FewShotScorer
+from .roi import RegionsOfInterest, within
 from .scoring import (
     TEMPERATURE,
     accepted_share,
@@ -53,6 +54,7 @@ class AprilGANModel(nn.Module):
         few_shot: Compares images with references; ``None`` for a zero-shot model.
         smoothing_sigma: Standard deviation in pixels of the Gaussian that maps are smoothed with; 0 for none.
         temperature: What cosine similarities are multiplied with before the softmax; ``None`` for CLIP's own.
+        roi: What is looked at of the images of each class; ``None`` where whole images are.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class AprilGANModel(nn.Module):
         few_shot: FewShotScorer | None = None,
         smoothing_sigma: float = 0.0,
         temperature: float | None = TEMPERATURE,
+        roi: RegionsOfInterest | None = None,
     ) -> None:
         super().__init__()
         self.adapters, self.stages = adapters, tuple(stages)
         self.few_shot, self.smoothing_sigma, self._temperature = few_shot, smoothing_sigma, temperature
+        self.roi = roi
         self.register_buffer("text_features", torch.empty(0))
         self.text_features: Tensor
         self._backbone: ClipBackbone | None = None
@@ -112,21 +116,25 @@ class AprilGANModel(nn.Module):
     def set_rows(self, text_features: Tensor, kept: Sequence[int | None]) -> None:
         """Replace the classes by those of text features ``(N, D, 2)``, unit columns: normal, anomalous.
 
-        Each takes over the references of the row named in ``kept``, and none for ``None``.
+        Each takes over the references and region of interest of the row named in ``kept``, and none for ``None``.
         """
         self.text_features = text_features
-        if self.few_shot is not None:
-            self.few_shot.set_rows(kept)
+        for part in (self.few_shot, self.roi):
+            if part is not None:
+                part.set_rows(kept)
 
     def of_row(self, row: int) -> AprilGANModel:
         """A network of one class alone, which shares all tensors with this one; without a text tower."""
         few_shot = copy.copy(self.few_shot)
-        one = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature)
+        roi = None if self.roi is None else copy.deepcopy(self.roi)
+        one = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature, roi)
         one.text_features = self.text_features[row, None]
         one.attach_backbone(self.backbone.without_text())
         if one.few_shot is not None:
             one.few_shot._modules = dict(one.few_shot._modules)  # noqa: SLF001  # a shallow copy shares them
             one.few_shot.set_rows([row])
+        if one.roi is not None:
+            one.roi.set_rows([row])
         return one.train(self.training)
 
     def forward(self, images: Tensor, rows: Tensor | None = None) -> InferenceBatch:
@@ -142,6 +150,7 @@ class AprilGANModel(nn.Module):
         output: VisionOutput | None = None,
         *,
         few_shot: bool = True,
+        masks: Tensor | None = None,
     ) -> RawPredictions:
         """Raw predictions of images: the one way to them, in training, inspection, calibration and exports.
 
@@ -151,11 +160,14 @@ class AprilGANModel(nn.Module):
             without: Indices of remembered references to hold out.
             output: What ``encode`` made of the images, where that is known.
             few_shot: Whether references count.
+            masks: ``(B, H, W)`` or ``(1, H, W)``, true where the images are looked at. All else is replaced before
+                anything sees it, and 0 in the map: it changes no bit of the result.
 
         Raises:
             RuntimeError: CLIP, text features or references are missing.
             ValueError: There are several classes and no rows.
         """
+        images = within(images, masks)
         output = self.encode(images) if output is None else output
         text_features = self._text_features_of(rows)
         with full_precision(images):
@@ -168,13 +180,13 @@ class AprilGANModel(nn.Module):
             compared = None if scorer is None else scorer.compare(images, output, rows, without)
             if compared is None or compared.accepted is None or compared.references is None:
                 nearest = 0.0 if compared is None else compared.nearest
-                anomaly_map = smooth(anomaly_map + nearest, self.smoothing_sigma)
+                anomaly_map = within(smooth(anomaly_map + nearest, self.smoothing_sigma), masks)
             else:
                 # What accepted parts show is normal, also where the sentences say otherwise; the text's verdict on the
                 # whole image counts as far as the map still shows what it is about.
-                before = smooth(anomaly_map + compared.references, self.smoothing_sigma)
+                before = within(smooth(anomaly_map + compared.references, self.smoothing_sigma), masks)
                 rest = anomaly_map * (1.0 - accepted_share(compared.references, compared.accepted))
-                anomaly_map = smooth(rest + compared.nearest, self.smoothing_sigma)
+                anomaly_map = within(smooth(rest + compared.nearest, self.smoothing_sigma), masks)
                 score = score * (anomaly_map.amax(dim=(1, 2)) / before.amax(dim=(1, 2)).clamp(min=1e-6))
             appearance = torch.cat([F.normalize(image_feature, dim=-1), mean_colour(images)], dim=1)
         return RawPredictions(score, anomaly_map, probabilities, appearance)

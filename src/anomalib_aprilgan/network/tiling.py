@@ -65,7 +65,8 @@ def run_tiled(
     tile_size: int,
     tile_overlap: float,
     batch_size: int,
-    score: Callable[[Tensor], tuple[Tensor, Tensor]],
+    score: Callable[..., tuple[Tensor, Tensor]],
+    inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score, a scalar, and map ``(H, W)``, float32 on the image's device, of a large image from its tiles.
 
@@ -79,7 +80,9 @@ def run_tiled(
         tile_overlap: Least share of it that a neighbour covers too, in ``[0, 1)``.
         batch_size: Number of tiles that are scored together.
         score: From tiles ``(B, 3, h, w)`` as they are in the image to scores ``(B,)`` and maps of any size; another
-            number of either is a ValueError.
+            number of either is a ValueError. Where there is a mask, it gets those of the tiles ``(B, h, w)`` too.
+        inside: Mask ``(H, W)``, true where the image is looked at. A tile without such a pixel is left out, and the
+            map is 0 outside.
     """
     if image.ndim != 3:
         msg = f"`image` must be (3, H, W), got {tuple(image.shape)}. Pass the images of a batch one by one."
@@ -88,10 +91,18 @@ def run_tiled(
     blended = TiledMap(image.shape[1], image.shape[2], tile_size, tile_overlap, image.device)
     height, width = blended.tile_shape
     highest = []
-    for start in range(0, len(blended.positions), batch_size):
-        positions = blended.positions[start : start + batch_size]
-        tiles = torch.stack([image[:, top : top + height, left : left + width] for top, left in positions])
-        scores, maps = score(tiles)
+
+    def cut(plane: Tensor, top: int, left: int) -> Tensor:
+        return plane[..., top : top + height, left : left + width]
+
+    looked_at = [place for place in blended.positions if inside is None or bool(cut(inside, *place).any())]
+    for place in set(blended.positions) - set(looked_at):
+        blended.add(torch.zeros(height, width), *place)
+    for start in range(0, len(looked_at), batch_size):
+        positions = looked_at[start : start + batch_size]
+        tiles = torch.stack([cut(image, *place) for place in positions])
+        masks = [] if inside is None else [torch.stack([cut(inside, *place) for place in positions])]
+        scores, maps = score(tiles, *masks)
         if not len(scores) == len(maps) == len(positions):
             msg = f"`score` must return a score and a map per tile, got {len(scores)} and {len(maps)} for {len(tiles)}."
             raise ValueError(msg)
@@ -99,7 +110,8 @@ def run_tiled(
         for tile_map, (top, left) in zip(maps, positions, strict=True):
             blended.add(tile_map, top, left)
         del tiles, maps, tile_map  # before the next batch is cut: two would lie in memory
-    return torch.stack(highest).amax(), blended.result()
+    found = blended.result()
+    return torch.stack(highest).amax(), found if inside is None else found * inside
 
 
 def predict_in_tiles(
@@ -107,11 +119,13 @@ def predict_in_tiles(
     rows: Tensor | None,
     tile_size: int,
     tile_overlap: float,
-    predict: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    predict: Callable[..., tuple[Tensor, Tensor]],
+    inside: Callable[[int], Tensor | None] = lambda _: None,
 ) -> tuple[Tensor, Tensor]:
     """Scores ``(B,)`` and maps ``(B, H, W)`` of large images, one image after the other; see ``run_tiled``.
 
-    ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one; ``predict`` gets those of its tiles.
+    ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one; ``predict`` gets those of its tiles, and
+    their masks where ``inside`` has one ``(H, W)`` for the row.
     """
     if not len(images):
         return images.new_empty(0), images.new_empty(0, *images.shape[2:])
@@ -119,10 +133,11 @@ def predict_in_tiles(
     for number, image in enumerate(images):
         row = None if rows is None else rows[number]
 
-        def score(tiles: Tensor, row: Tensor | None = row) -> tuple[Tensor, Tensor]:
-            return predict(tiles, None if row is None else row.expand(len(tiles)))
+        def score(tiles: Tensor, *masks: Tensor, row: Tensor | None = row) -> tuple[Tensor, Tensor]:
+            return predict(tiles, None if row is None else row.expand(len(tiles)), *masks)
 
-        found.append(run_tiled(image, tile_size, tile_overlap, _TILES_AT_ONCE, score))
+        mask = inside(0 if row is None else int(row))
+        found.append(run_tiled(image, tile_size, tile_overlap, _TILES_AT_ONCE, score, mask))
     scores, maps = zip(*found, strict=True)
     # No copy of the map of a single large image.
     return torch.stack(scores), maps[0][None] if len(maps) == 1 else torch.stack(maps)

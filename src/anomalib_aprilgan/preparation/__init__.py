@@ -1,4 +1,4 @@
-"""From settings and data to a ready network: CLIP, adapters, text, references, bounds, calibration, in this order.
+"""From settings and data to a ready network: CLIP, adapters, text, region of interest, references, bounds, calibration.
 
 Each thing is made where its recipe says that it is missing or another one, and left alone otherwise.
 """
@@ -15,6 +15,7 @@ from ..network.model import AprilGANModel
 from ..settings import Settings
 from .decision import bounds_recipe, calibrate, set_bounds
 from .network import attach_clip, encoded, fill_memory_bank, load_adapters, set_classes, wanted_classes
+from .roi import has_roi, set_roi
 from .workplace import Made, Workplace
 
 __all__ = [
@@ -62,6 +63,7 @@ def _prepare(place: Workplace, stage: str, *, single: bool) -> bool:
         return False
     renewed = False
     for row in range(len(made.classes)):
+        set_roi(place, row)
         outputs = fill_memory_bank(place, row)
         renewed = set_bounds(place, row, outputs) or renewed
         if (calibration := settings.how_to_calibrate) is not None:
@@ -92,7 +94,7 @@ def is_ready(settings: Settings, made: Made, network: AprilGANModel) -> bool:
     if made.is_changing or not (network.has_backbone and has_adapters and len(made.classes)):
         return False
     scorer = network.few_shot
-    if settings.k_shot and scorer is None:
+    if (settings.k_shot and scorer is None) or not has_roi(settings, made):
         return False
     return scorer is None or _remembers(settings, made, scorer)
 

@@ -136,6 +136,7 @@ def bounds_recipe(place: Workplace, row: int) -> Recipe:
         tiles=tiles,
         **maps,
         **({"accepted": accepted} if accepted else {}),
+        **({} if recipes.roi is None else {"roi": recipes.roi}),
         **({"contamination": allowed} if has_bank and allowed else {}),
     )
 

@@ -27,9 +27,11 @@ from ..data.references import (
     read_reference,
     references_of_class,
 )
+from ..inspection import check_frame, masks_of_tiles
 from ..network.few_shot import FewShotScorer
 from ..network.memory_bank import VisionMemoryBank
 from ..network.model import AprilGANModel
+from ..network.roi import within
 from ..provenance import check_shapes, digest_of_adapters, load_resolved_adapters, resolve_adapters
 from ..recipe import Recipe, RowRecipes, digest
 from ..remembering import LEAST_UNLABELLED, Remembering
@@ -156,7 +158,7 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
     if place.settings.remembering.batch_zero_shot:
         return _fill_from_batch(place, row, scorer)
     name, source = place.made.classes.names[row], _reference_source(place, row)
-    settled = _bank_recipe(place)
+    settled = _bank_recipe(place, row)
     remembered = recipes.bank is not None and recipes.bank.agrees(settled, "references", "preparing", "augmentations")
     asked = f"{source.name} {source.k_shot} {source.seed}" if source.is_available else ""
     if not source.is_available:
@@ -174,7 +176,7 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
             return []  # those of a checkpoint, whose images may be gone
         raise
     contents = content_digests(files)
-    wanted = _bank_recipe(place, contents)
+    wanted = _bank_recipe(place, row, contents)
     outputs: list[VisionOutput] = []
     if recipes.bank is None or not scorer.number(row) or not recipes.bank.agrees(wanted):
         outputs = _remember(place, row, (read_reference(file) for file in files))
@@ -186,13 +188,24 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
     return outputs
 
 
-def encoded(place: Workplace, images: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[VisionOutput]]]:
-    """Normal images ``(1, 3, H, W)``, or their tiles, a few at a time, as the network takes them and encoded."""
+def encoded(place: Workplace, images: Iterable[Tensor], row: int) -> Iterator[tuple[Tensor, list[VisionOutput]]]:
+    """Normal images ``(1, 3, H, W)`` of a class, or their tiles, a few at a time, as the network sees them and encoded.
+    """
     side_by_side = _ENCODED_TOGETHER if place.settings.tile_size is None else 1
-    given = (prepared(place.pre_processor, tiles_of(place, place.augmented(image))) for image in images)
+    given = (_as_seen(place, place.augmented(image), row) for image in images)
     while group := list(islice(given, side_by_side)):
         together = torch.cat(group)
         yield together, [place.network.encode(image) for image in torch.split(together, 1)]
+
+
+def _as_seen(place: Workplace, image: Tensor, row: int) -> Tensor:
+    """A normal image ``(1, 3, H, W)``, or its tiles, resized, normalised, and within its region of interest."""
+    ready, roi = prepared(place.pre_processor, tiles_of(place, image)), place.network.roi
+    if roi is None or (inside := roi.inside(row)) is None:
+        return ready
+    check_frame(roi, row, (image.shape[-2], image.shape[-1]), "a normal image")
+    tiled = place.settings.tile_size is not None
+    return within(ready, masks_of_tiles(tiles_of(place, inside[None, None])[:, 0], ready) if tiled else inside[None])
 
 
 def _remember(place: Workplace, row: int, images: Iterable[Tensor]) -> list[VisionOutput]:
@@ -202,7 +215,7 @@ def _remember(place: Workplace, row: int, images: Iterable[Tensor]) -> list[Visi
         return []
     fill, outputs, number = scorer.fill, list[VisionOutput](), 0
     with scorer.unchanged_on_error(row):
-        for together, of_group in encoded(place, images):
+        for together, of_group in encoded(place, images, row):
             fill(row, together, VisionOutput.cat(of_group))
             fill, number = scorer.add, number + len(of_group)
             outputs = [*outputs, *of_group] if number <= _ENCODED_TOGETHER else []
@@ -222,7 +235,7 @@ def _fill_from_batch(place: Workplace, row: int, scorer: FewShotScorer) -> list[
         return []
     drawn = draw_references(paths, min(settings.k_shot, len(paths)), settings.seed, "the data")
     asked = digest(" ".join(content_digests(drawn)).encode())
-    wanted = _bank_recipe(place)
+    wanted = _bank_recipe(place, row)
     if scorer.number(row) and asked == recipes.asked and recipes.bank is not None and recipes.bank.agrees(wanted):
         return []
     readable: list[Path] = []
@@ -253,8 +266,8 @@ def clip_recipe(place: Workplace) -> Recipe:
     return Recipe.of(weights=place.network.backbone.digest, quick_gelu=architecture.quick_gelu)
 
 
-def _bank_recipe(place: Workplace, references: Sequence[str] = ()) -> Recipe:
-    settings, tower = place.settings, place.settings.memory_tower
+def _bank_recipe(place: Workplace, row: int, references: Sequence[str] = ()) -> Recipe:
+    settings, tower, roi = place.settings, place.settings.memory_tower, place.made.rows[row].roi
     settled = settings.remembering.settled
     of_tower = {} if tower is None else {"tower": [tower.name, tower.image_size, place.made.memory_tower]}
     return Recipe.of(
@@ -268,6 +281,7 @@ def _bank_recipe(place: Workplace, references: Sequence[str] = ()) -> Recipe:
         references=references,
         number=settings.k_shot,
         **({} if settled == Remembering().settled else {"remembering": settled}),
+        **({} if roi is None else {"roi": roi}),
     )
 
 

@@ -56,7 +56,8 @@ class Workplace:
 
     ``post_processor`` is ``None`` for one that is not ours; ``own_fusion`` then fuses the scores. ``precision`` names
     that in which images are encoded. ``data`` is what a run knows of its images; normal ones go through the same
-    augmentations. ``predict`` is ``AprilGAN.predict``.
+    augmentations. ``frame`` is height and width of images that are inspected without a run. ``predict`` is
+    ``AprilGAN.predict``.
     """
 
     settings: Settings
@@ -70,9 +71,10 @@ class Workplace:
     precision: str
     predict: Callable[[Tensor, Tensor | None, Collection[int], VisionOutput | None], RawPredictions]
     device: torch.device
+    frame: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, model: Any, data: DataAtHand | None) -> Workplace:  # noqa: ANN401  # an AprilGAN, a layer above
+    def of(cls, model: Any, data: DataAtHand | None, frame: tuple[int, int] | None = None) -> Workplace:  # noqa: ANN401  # an AprilGAN, a layer above
         """What an ``AprilGAN`` is made ready with now."""
         post_processor = model.post_processor
         return cls(
@@ -87,6 +89,7 @@ class Workplace:
             precision=precision_of(model)[0],
             predict=model.predict,
             device=model.device,
+            frame=frame,
         )
 
     @property

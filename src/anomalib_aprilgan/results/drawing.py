@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +24,14 @@ from torchvision.transforms.v2.functional import to_dtype, to_pil_image
 COLOUR_MAP = "inferno"
 CONTOUR_COLOUR = (0, 255, 255)
 TRUTH_COLOUR = (0, 255, 0)
+BOX_COLOUR = (255, 200, 0)
+ROI_COLOUR = (255, 255, 255)
+# Left, top, right and bottom of a box, as shares of an image's width and height.
+Box = tuple[float, float, float, float]
 
 _SMALLEST_SIDE = 320  # a smaller image is enlarged until its longest side has as many pixels
-_OPACITY = 0.8  # of the colours in the upper half of the range; below they fade, to nothing at its lower end
+OPACITY = 0.8  # of the colours in the upper half of the range; below they fade, to nothing at its lower end
+_OUTSIDE = 0.35  # brightness of what is not looked at
 _DIMMED = 0.45  # brightness that the image keeps under a cold map
 _MARGIN, _BAR_WIDTH, _BAR_LABELS = 12, 16, 40
 _TITLE, _SUBTITLE, _TEXT = 22, 18, 14  # font sizes in pixels
@@ -39,7 +45,8 @@ class Result:
     """What is drawn of one image; ``None`` what is not known.
 
     The image is ``(3, H, W)``, uint8, or float in ``[0, 1]``. Map and ground-truth mask are ``(h, w)``, of any size, in
-    proportion to the image or not; the map is outlined above the pixel threshold.
+    proportion to the image or not; the map is outlined above the pixel threshold. Outside the mask ``inside`` ``(h, w)``
+    the image is dimmed.
     """
 
     image: Tensor
@@ -51,15 +58,19 @@ class Result:
     image_threshold: float | None = None
     pixel_threshold: float | None = None
     name: str = ""
+    inside: Tensor | None = None
+    boxes: Sequence[Box] = ()
 
 
 def draw(result: Result, max_side: int = 1024) -> Image.Image:
     """Panels of at most ``max_side`` pixels, side by side or for wide images in a column, under the decision."""
-    image = _panel(result.image, max_side)
+    image = dimmed(_panel(result.image, max_side), result.inside)
     panels = [("image", image)]
     if result.truth is not None:
         outline = _outline(_resize_map((result.truth > 0).float(), image.size) >= 0.5, TRUTH_COLOUR)
         panels.append(("ground truth", overlay_images(image, outline, alpha=1.0)))
+    if result.boxes:
+        panels[0] = ("image and regions", _boxed(image, result.boxes))
     if result.anomaly_map is not None:
         panels.append(_heatmap(image, result.anomaly_map, result.pixel_threshold))
     in_a_row = 1 if image.width > 1.4 * image.height else len(panels)
@@ -76,6 +87,33 @@ def _panel(image: Tensor, max_side: int) -> Image.Image:
     scale = min(max(longest, _SMALLEST_SIDE), max_side) / longest
     width, height = (max(1, round(side * scale)) for side in panel.size)
     return panel.resize((width, height), Image.Resampling.BILINEAR if scale < 1.0 else Image.Resampling.NEAREST)
+
+
+def dimmed(image: Image.Image, inside: Tensor | None) -> Image.Image:
+    """An image whose part outside a mask ``(h, w)``, of any size, is darker and gray; as it is without a mask."""
+    if inside is None:
+        return image
+    mask = Image.fromarray(inside.cpu().numpy()).resize(image.size, Image.Resampling.NEAREST)
+    outside = ImageEnhance.Brightness(image.convert("L").convert("RGB")).enhance(_OUTSIDE)
+    shown = Image.composite(image.convert("RGB"), outside, mask.convert("L"))
+    return overlay_images(shown, _outline(np.asarray(mask), ROI_COLOUR), alpha=1.0).convert("RGB")
+
+
+def draw_roi(image: Tensor, inside: Tensor) -> Image.Image:
+    """An image ``(3, H, W)`` with what lies outside a mask ``(h, w)`` dark and gray."""
+    panel: Image.Image = to_pil_image(image)
+    return dimmed(panel, inside)
+
+
+def _boxed(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """An image with boxes around its regions."""
+    boxed = image.convert("RGB").copy()
+    pen = ImageDraw.Draw(boxed)
+    for left, top, right, bottom in boxes:
+        corners = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+        around = [round(corner) + side for corner, side in zip(corners, (-2, -2, 1, 1), strict=True)]
+        pen.rectangle(around, width=2, outline=BOX_COLOUR)
+    return boxed
 
 
 def _resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -99,7 +137,7 @@ def _heatmap(image: Image.Image, anomaly_map: Tensor, threshold: float | None) -
     if lowest < 0.0 or highest > 1.0:
         caption = f"map, not scaled: {lowest:.2g} to {highest:.2g}"
     values = _resize_map(anomaly_map, image.size)
-    opacity = _OPACITY * (2.0 * values).clip(0.0, 1.0) ** 2
+    opacity = OPACITY * (2.0 * values).clip(0.0, 1.0) ** 2
     layers = [Image.fromarray(mpl.colormaps[COLOUR_MAP](values.clip(0.0, 1.0), alpha=opacity, bytes=True))]
     if threshold is not None:
         layers.append(_outline(values > threshold, CONTOUR_COLOUR))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from anomalib.data import ImageBatch
@@ -23,6 +21,7 @@ from ..decision.post_processing import AprilGANPostProcessor
 from ..files import check_writable, unwritable_named, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter, loaders_of
+from .csv_text import as_csv, safe_name, safe_path
 from .drift import DriftMonitor
 
 _UNREADABLE, _UNDECIDED = "unreadable", "undecided"
@@ -38,6 +37,11 @@ class Row(NamedTuple):
     label: str = ""
     p_value: str = ""
     drift: str = ""
+
+
+def safe(row: Row) -> Row:
+    """A row that no spreadsheet takes for formulas."""
+    return row._replace(image_path=safe_path(row.image_path), class_name=safe_name(row.class_name))
 
 
 _HEADER = Row(*Row._fields)
@@ -77,7 +81,7 @@ class DecisionsWriter(ResultWriter):
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Begin a table; an OSError where its folder cannot be written."""
         del pl_module, loaders
-        check_writable(self._path(trainer).parent)
+        check_writable(self.path_of(trainer).parent)
         self._rows, self._monitors = [], {}
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
@@ -86,7 +90,7 @@ class DecisionsWriter(ResultWriter):
         rows = map(
             Row,
             batch.image_path or [""] * batch.batch_size,
-            _class_names(batch, pl_module),
+            class_names_of(batch, pl_module),
             scores,
             map(_decision, scores, _words(batch.pred_label, batch.batch_size)),
             _words(batch.gt_label, batch.batch_size),
@@ -101,7 +105,7 @@ class DecisionsWriter(ResultWriter):
         names = names_of(pl_module)
         self._rows += self._new_unreadable(loaders)
         rows = in_order([row for rows in all_gather_object(self._rows) for row in rows], listed_files(loaders))
-        path, columns = self._path(trainer), _columns(trainer, pl_module)
+        path, columns = self.path_of(trainer), _columns(trainer, pl_module)
         if not trainer.is_global_zero:
             path.unlink(missing_ok=True)
             return
@@ -129,7 +133,7 @@ class DecisionsWriter(ResultWriter):
         return found
 
     def _append(self, trainer: Trainer, columns: Sequence[int], rows: list[Row]) -> None:
-        path = self._path(trainer)
+        path = self.path_of(trainer)
         if not self._rows:
             write_atomically(path, lambda file: file.write(_as_csv(columns, [_HEADER, *rows])))
         else:
@@ -141,17 +145,30 @@ class DecisionsWriter(ResultWriter):
         known = sum(row.decision == _UNREADABLE for row in self._rows)
         return [Row(str(path), "", "", _UNREADABLE) for path in unreadable_files(loaders)[known:]]
 
-    def _path(self, trainer: Trainer) -> Path:
+    def path_of(self, trainer: Trainer) -> Path:
+        """Where the table of a run is written, by this process."""
         path = self.path or Path(trainer.default_root_dir) / "decisions.csv"
         return path.with_suffix(f".rank{trainer.global_rank}{path.suffix}") if trainer.global_rank else path
 
 
-def in_order(rows: Sequence[Row], files: Sequence[str]) -> list[Row]:
+class OfFile(Protocol):
+    """Anything that is told of one image file."""
+
+    @property
+    def image_path(self) -> str:
+        """Its path, empty for none."""
+        ...
+
+
+One = TypeVar("One", bound=OfFile)
+
+
+def in_order(rows: Sequence[One], files: Sequence[str]) -> list[One]:
     """Rows in the order of the data's files, without those that a sampler repeated to give every process as many.
 
     A file without a row was not looked at. Rows of other images come last.
     """
-    of_file: dict[str, deque[Row]] = defaultdict(deque)
+    of_file: dict[str, deque[One]] = defaultdict(deque)
     for row in rows:
         of_file[row.image_path].append(row)
     known = set(files)
@@ -179,8 +196,8 @@ def _words(labels: torch.Tensor | None, number: int) -> list[str]:
     return [""] * number if labels is None else ["anomalous" if label else "good" for label in labels.tolist()]
 
 
-def _class_names(batch: ImageBatch, pl_module: LightningModule) -> Sequence[str]:
-    # Those by which the model judged, or else those that the data name.
+def class_names_of(batch: ImageBatch, pl_module: LightningModule) -> Sequence[str]:
+    """Names of the classes of a batch: those by which the model judged, or else those that the data name."""
     known = names_of(pl_module)
     if len(known) > 1:
         return [known[row] for row in rows_of(pl_module, batch).tolist()]
@@ -201,7 +218,4 @@ def _columns(trainer: Trainer, pl_module: LightningModule) -> list[int]:
 
 
 def _as_csv(columns: Sequence[int], rows: Iterable[Row]) -> bytes:
-    text = io.StringIO()
-    fields = ([row[place] for place in columns] for row in rows)
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(fields)
-    return text.getvalue().encode(errors="surrogateescape")  # file names need not be valid Unicode
+    return as_csv([safe(row)[place] for place in columns] for row in rows)

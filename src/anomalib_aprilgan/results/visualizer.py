@@ -5,13 +5,11 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from functools import partial
-from os.path import commonpath
 from pathlib import Path
 from typing import cast
 
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
-from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import Visualizer
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,12 +19,15 @@ from torch import Tensor
 
 from ..checks import check_int, check_text
 from ..classes import rows_of
-from ..data.listing import augmentations_of, listed_files
+from ..data.listing import augmentations_of
 from ..data.pre_processing import AprilGANPreProcessor
 from ..data.reading import UnreadableImageError, display_image
-from ..files import SOFTWARE, check_writable, fitting_name, write_atomically
+from ..files import SOFTWARE, check_writable, write_atomically
+from ..network.roi import RegionsOfInterest
 from .callback import ResultWriter
-from .drawing import Result, draw
+from .drawing import Box, Result, draw
+from .file_names import FileNames
+from .regions import Regions
 
 
 class AprilGANVisualizer(ResultWriter, Visualizer):
@@ -37,7 +38,9 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
     Without the default post-processor, maps may exceed this range; they are then drawn as its ends, and the text under
     the panel says so. Without thresholds nothing is outlined or decided, and without a map there is no heatmap.
 
-    Files are PNGs in folders that ``output_folders`` chooses. Images without a path are numbered.
+    Where the batch has regions, their boxes are drawn; what lies outside a region of interest is dimmed.
+
+    Files are PNGs, named by ``anomalib_aprilgan.results.file_names.FileNames``.
 
     Args:
         output_dir: Folder for the drawings; else ``images`` in the trainer's ``default_root_dir``.
@@ -49,8 +52,7 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         check_int("max_side", max_side, 64, hint=" pixels")
         self.output_dir = None if output_dir is None else Path(check_text("output_dir", output_dir, "a folder"))
         self.max_side = max_side
-        self._folders: dict[Path, Path] = {}
-        self._drawn = 0
+        self._names: FileNames | None = None
         self._is_augmented = False
 
     def visualize(self, result: Result) -> Image.Image:
@@ -62,24 +64,19 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         check_writable(self._folder(trainer))
         pre_processor = getattr(pl_module, "pre_processor", None)
         self._is_augmented = augmentations_of(loaders, pre_processor) is not None
-        self._drawn = 0
-        data = getattr(trainer, "datamodule", None) if trainer.testing else None
-        name, category = (getattr(data, attribute, None) for attribute in ("name", "category"))
-        self._folders = output_folders(listed_files(loaders), name, category)
+        self._names = FileNames(trainer, loaders)
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
         """Draw the images of a batch; a drawing that fails is a warning and not the end of the run."""
+        names = self._names = self._names or FileNames(trainer, [])
         for place, row in enumerate(rows_of(pl_module, batch).tolist()):
             name = batch.image_path[place] if batch.image_path else ""
-            # The place in the data, as a DistributedSampler deals it.
-            number = self._drawn * trainer.world_size + trainer.global_rank
-            self._drawn += 1
+            file = names.next(name)
             try:
                 drawing = self.visualize(self._result_of(name, batch, place, row, pl_module))
-                path = self._folder(trainer) / self._file_of(name, number)
-                write_atomically(path, partial(drawing.save, format="PNG", compress_level=1, pnginfo=_marked()))
+                write_atomically(self._folder(trainer) / file, partial(drawing.save, format="PNG", compress_level=1, pnginfo=_marked()))
             except Exception as error:  # whatever it is: the decisions count
-                warnings.warn(f"There is no drawing of {name or number!r}: {error}", stacklevel=2)
+                warnings.warn(f"There is no drawing of {name or file.stem!r}: {error}", stacklevel=2)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Log where the drawings are."""
@@ -90,17 +87,9 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         # Not kept: the next run of the same model has another folder.
         return self.output_dir or Path(trainer.default_root_dir) / "images"
 
-    def _file_of(self, name: str, number: int) -> Path:
-        if not name:
-            return Path(f"{number:06d}.png")
-        source = Path(name)
-        folder = self._folders.get(source.parent, Path(source.parent.name))
-        # Two images may differ in their suffix alone.
-        is_png = source.suffix.lower() == ".png"
-        return folder / fitting_name(source.stem if is_png else source.name, source.suffix if is_png else ".png")
-
     def _result_of(self, name: str, batch: ImageBatch, place: int, row: int, pl_module: LightningModule) -> Result:
         thresholds: list[float | None] = [None, None]
+        roi: RegionsOfInterest | None = getattr(getattr(pl_module, "model", None), "roi", None)
         post_processor = getattr(pl_module, "post_processor", None)
         if isinstance(post_processor, PostProcessor) and post_processor.enable_thresholding:
             both = post_processor.normalized_image_threshold, post_processor.normalized_pixel_threshold
@@ -117,6 +106,8 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
             image_threshold=thresholds[0],
             pixel_threshold=thresholds[1],
             name=name,
+            inside=None if roi is None else roi.inside(row),
+            boxes=_boxes(batch, place),
         )
 
     def _image_of(self, name: str, image: Tensor, pre_processor: object) -> Tensor:
@@ -134,25 +125,22 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
         return image if own is None else image * own.std.to(image.device) + own.mean.to(image.device)
 
 
-def output_folders(files: list[str], dataset_name: str | None, category: str | None) -> dict[Path, Path]:
-    """For every folder of images the one of their drawings, relative to that of all drawings.
-
-    anomalib's choice, which is the folders below the data set's and category's where these are in the path, and else
-    the last folder alone. Where that would be the same for two folders, their paths below the folder of all data.
-    """
-    folders = {Path(file).parent for file in files}
-    choose = partial(generate_output_filename, dataset_name=dataset_name, category=category, mkdir=False)
-    chosen = {folder: choose(folder / "_", Path()).parent for folder in folders}
-    if len(set(chosen.values())) == len(folders):
-        return chosen
-    whole = Path(commonpath([folder.absolute() for folder in folders]))
-    return {folder: folder.absolute().relative_to(whole) for folder in folders}
-
-
 def _marked() -> PngInfo:
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
     return info
+
+
+def _boxes(batch: ImageBatch, place: int) -> list[Box]:
+    """The boxes of an image's regions, as shares of its width and height."""
+    known: list[Regions] | None = getattr(batch, "regions", None)
+    if known is None:
+        return []
+    height, width = known[place].size
+    return [
+        (one.left / width, one.top / height, (one.left + one.width) / width, (one.top + one.height) / height)
+        for one in known[place]
+    ]
 
 
 def _at(values: Tensor | None, place: int) -> Tensor | None:
