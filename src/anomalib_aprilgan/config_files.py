@@ -1,12 +1,8 @@
-"""The configs that come with the package: ``anomalib-aprilgan-config`` prints where one is."""
+"""The configs that come with the package: ``anomalib-aprilgan config`` prints where one is."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 _SUFFIX = ".yaml"
 
@@ -34,19 +30,3 @@ def path_of(name: str) -> Path:
         msg = f"There is no config {name!r} in {folder()}, but {', '.join(known)}."
         raise FileNotFoundError(msg)
     return (folder() / name).with_suffix(_SUFFIX)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command ``anomalib-aprilgan-config``."""
-    parser = argparse.ArgumentParser(
-        prog="anomalib-aprilgan-config",
-        description="Print the path of a config that comes with the package, or the names of all: "
-        'anomalib fit --config "$(anomalib-aprilgan-config train/visa)" --data.root /path/to/visa',
-    )
-    parser.add_argument("name", nargs="?", help="such as train/visa")
-    name = parser.parse_args(arguments).name
-    try:
-        text = "\n".join(names()) if name is None else str(path_of(name))
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)

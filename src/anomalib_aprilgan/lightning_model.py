@@ -237,7 +237,9 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         with SETTING_UP:
             attach_clip(self.settings, self.made, self.model, self.device)
         prepare_trainer(self.trainer)
-        self.reading_hooks.install(self.trainer, stage, self.own_callbacks)  # before Lightning starts the loaders' workers
+        self.reading_hooks.install(
+            self.trainer, stage, self.own_callbacks
+        )  # before Lightning starts the loaders' workers
 
     def on_validation_start(self) -> None:
         """Complete the set-up, with what a checkpoint may have brought; so at the start of tests and predictions."""

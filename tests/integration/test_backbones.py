@@ -10,7 +10,8 @@ import pytest
 
 from anomalib_aprilgan.clip import catalogue, library
 from anomalib_aprilgan.clip.catalogue import Backbone, backbones
-from anomalib_aprilgan.command import main, markdown
+from anomalib_aprilgan.command import main
+from anomalib_aprilgan.commands.backbones import markdown
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "backbones.md"
 # One of each kind of tower.

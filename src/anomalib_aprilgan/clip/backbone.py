@@ -70,7 +70,7 @@ class ClipBackbone(nn.Module):
         self.digest = digest_of_tensors(weights)
         projection = weights.get("visual.proj", torch.empty(0))
         self._projection_digest = hashlib.sha256(projection.numpy().tobytes()).hexdigest()[:16]
-        self.temperature = float(clip.logit_scale.exp())
+        self.temperature = float(clip.logit_scale.detach().exp())
         self.visual: Any = clip.visual
         self.text: Any | None = library_text.text_tower(clip)
         self._cuts_exactly: bool | None = None

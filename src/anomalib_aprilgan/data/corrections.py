@@ -1,4 +1,4 @@
-"""Defects that escaped, with masks, where adapters can be trained on them."""
+"""What people say of results: corrections from a report; escaped defects, where adapters can be trained on them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,43 @@ from shutil import copyfileobj
 from anomalib.data.utils.image import is_image_file
 from PIL import Image
 
+from ..checks import shown
+from ..csv_text import plain_name, read_csv
 from ..files import is_file, write_atomically
 from .reading import UnreadableImageError, load_image
 from .references import content_digests
 
 # Folders of images and masks.
 IMAGES, MASKS = "defective", "masks"
+
+
+def read_corrections(path: Path, mark: str, class_name: str | None = None) -> dict[str | None, list[str]]:
+    """The images with a mark, "good" or "bad", in a report's ``corrections.csv``, by class.
+
+    Args:
+        path: The table.
+        mark: Which images are wanted.
+        class_name: The only class that is wanted; else all, ``None`` for images that have none.
+
+    Raises:
+        FileNotFoundError: There is no such table.
+        ValueError: It is another table, or no image has this mark.
+    """
+    if not is_file(path):
+        msg = f"There is no {path}: give the corrections.csv that a report's page has downloaded."
+        raise FileNotFoundError(msg)
+    found: dict[str | None, list[str]] = {}
+    for row in read_csv(path):
+        if row.get("mark") not in {"good", "bad"} or not {"image_path", "class_name"} <= set(row):
+            msg = f"{path} must have the columns image_path, class_name and mark (good or bad), got {shown(row)}."
+            raise ValueError(msg)
+        name = plain_name(row["class_name"]) or None
+        if row["mark"] == mark and class_name in {None, name}:
+            found.setdefault(name, []).append(row["image_path"])
+    if not found:
+        msg = f"{path} marks no image as {mark}{'' if class_name is None else f' of {class_name!r}'}."
+        raise ValueError(msg)
+    return found
 
 
 def masks_of(files: Sequence[Path], folder: Path) -> list[Image.Image]:

@@ -6,7 +6,6 @@ leaves a table and a picture.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +29,8 @@ SHOWN_DEFECTS = ("scratch", "hole", "stain", "crack", "missing_piece")
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the quickstart; ``--root`` says where everything goes."""
-    parser = argparse.ArgumentParser(
-        prog="anomalib-aprilgan-quickstart",
-        description="Try APRIL-GAN on a drawn product, offline, in a minute.",
-    )
-    parser.add_argument("--root", type=Path, default=Path("results/quickstart"), help="folder for all that is written")
-    root: Path = parser.parse_args(arguments).root
+def quickstart(root: Path) -> None:
+    """Run it; everything goes into ``root``."""
     console = Console(highlight=False)
     table = Table("", *METRICS, title=f"{CATEGORY}: a drawn product that neither CLIP nor adapters were shown")
     maps: dict[str, list[Tensor]] = {}
@@ -91,7 +84,3 @@ def _mask_of(image: Path) -> Path:
     """MVTec AD's place for the mask of a test image."""
     category = image.parents[2]
     return category / "ground_truth" / image.parent.name / f"{image.stem}_mask.png"
-
-
-if __name__ == "__main__":
-    main()

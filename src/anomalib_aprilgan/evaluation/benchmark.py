@@ -1,6 +1,6 @@
 """Any anomalib model x data x category x number of references x seed, from one YAML: tables, plots and pictures.
 
-``anomalib-aprilgan-benchmark --config configs/benchmark/compare.yaml``, or ``run`` from Python. It takes the files of
+``anomalib-aprilgan benchmark --config configs/benchmark/compare.yaml``, or ``run`` from Python. It takes the files of
 ``anomalib benchmark`` and some keys more (``config.BenchmarkConfig``).
 """
 
@@ -202,10 +202,6 @@ def run_job(job: Job, device: int | None = None, workplace: Workplace | None = N
         return [CellResult(cell, FAILED, reason, datamodule=job.data.datamodule) for cell in job.cells]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command ``anomalib-aprilgan-benchmark``."""
-    run(read_arguments(sys.argv[1:] if arguments is None else arguments))
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    """Run the benchmark of a command line."""
+    run(read_arguments(arguments))

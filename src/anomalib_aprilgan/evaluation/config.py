@@ -14,7 +14,6 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from omegaconf import OmegaConf
 
 from ..config_files import names, path_of
-from ..plugin import register
 
 T = TypeVar("T")
 
@@ -116,7 +115,7 @@ class Config:
 def parser() -> ArgumentParser:
     """The parser of the command line, for its help and the checks of its values."""
     parsing = ArgumentParser(
-        prog="anomalib-aprilgan-benchmark",
+        prog="anomalib-aprilgan benchmark",
         description="Compare anomalib models: tables, plots and pictures. Every entry of the config can be given as an "
         "argument as well, those of models and data too: --benchmark.data.init_args.root=/data/MVTecAD.",
         exit_on_error=False,
@@ -221,7 +220,7 @@ def class_of(kind: Callable[..., T], entry: dict[str, Any], where: str) -> type[
 
 
 def _parsed(kind: Callable[..., object], entry: dict[str, Any], where: str) -> tuple[ArgumentParser, Namespace]:
-    register()
+    import_module("..plugin", __package__).register()  # not at the top: help is printed without any model
     parsing = ArgumentParser(exit_on_error=False)
     parsing.add_argument("--entry", type=kind, required=True)
     try:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from anomalib.utils.path import generate_output_filename
 from lightning.pytorch import Trainer
+from PIL.PngImagePlugin import PngInfo
 
 from ..data.listing import listed_files
-from ..files import fitting_name
+from ..files import SOFTWARE, fitting_name
 
 
 class FileNames:
@@ -40,6 +41,13 @@ def png_name(source: Path) -> str:
     """The name of a PNG file for an image file; two images may differ in their suffix alone."""
     is_png = source.suffix.lower() == ".png"
     return fitting_name(source.stem if is_png else source.name, source.suffix if is_png else ".png")
+
+
+def marked() -> PngInfo:
+    """What tells a PNG of results from an image to inspect; see ``anomalib_aprilgan.files.is_drawing``."""
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    return info
 
 
 def output_folders(files: list[str], dataset_name: str | None, category: str | None) -> dict[Path, Path]:

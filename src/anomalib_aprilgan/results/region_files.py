@@ -23,8 +23,8 @@ from ..data.listing import listed_files
 from ..files import check_writable, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter
-from .csv_text import as_csv, safe_name, safe_path
-from .file_names import FileNames
+from ..csv_text import as_csv, safe_name, safe_path
+from .file_names import FileNames, marked
 from .regions import Region, Regions, regions_of, sizes_of
 from .table import class_names_of, in_order
 
@@ -179,7 +179,7 @@ class MaskWriter(RegionResults):
         for place, one in enumerate(regions_of(batch, self.min_area)):
             image = Image.fromarray(one.mask())
             path = folder / "masks" / self._next_file(batch, place)
-            write_atomically(path, partial(image.save, format="PNG"))
+            write_atomically(path, partial(image.save, format="PNG", pnginfo=marked()))
         return [None] * batch.batch_size
 
     def write(self, images: list[OfImage], folder: Path) -> None:
@@ -230,4 +230,4 @@ def write_map(path: Path, anomaly_map: Tensor, max_side: int) -> None:
     if scale < 1.0:
         values = F.adaptive_max_pool2d(values, [max(1, round(side * scale)) for side in values.shape[-2:]])
     levels: NDArray[np.uint16] = (values[0, 0] * MAP_LEVELS).round().to(torch.int32).numpy().astype(np.uint16)
-    write_atomically(path, partial(Image.fromarray(levels).save, format="PNG"))
+    write_atomically(path, partial(Image.fromarray(levels).save, format="PNG", pnginfo=marked()))

@@ -15,7 +15,7 @@ from ..checks import check_entries
 from ..decision.post_processing import AprilGANPostProcessor
 from ..decision.scale import Bounds, scaled
 from ..files import is_file, write_atomically
-from .csv_text import plain_name, read_csv
+from ..csv_text import plain_name, read_csv
 from .regions import Region
 
 DECISIONS, REGIONS, MAPS, THRESHOLDS = "decisions.csv", "regions.csv", "maps.csv", "thresholds.json"

@@ -21,7 +21,7 @@ from ..decision.post_processing import AprilGANPostProcessor
 from ..files import check_writable, unwritable_named, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter, loaders_of
-from .csv_text import as_csv, safe_name, safe_path
+from ..csv_text import as_csv, safe_name, safe_path
 from .drift import DriftMonitor
 
 _UNREADABLE, _UNDECIDED = "unreadable", "undecided"
@@ -86,6 +86,11 @@ class DecisionsWriter(ResultWriter):
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
         """Add the rows of a batch, and of the files before it that could not be read."""
+        rows = self.rows_of_batch(batch, pl_module, drift=not trainer.testing)
+        self._append(trainer, _columns(trainer, pl_module), [*self._new_unreadable(loaders_of(trainer)), *rows])
+
+    def rows_of_batch(self, batch: ImageBatch, pl_module: LightningModule, *, drift: bool) -> list[Row]:
+        """The rows of a batch; ``drift`` says whether its images are watched for drift."""
         scores = _scores(batch.pred_score, batch.batch_size)
         rows = map(
             Row,
@@ -95,10 +100,9 @@ class DecisionsWriter(ResultWriter):
             map(_decision, scores, _words(batch.pred_label, batch.batch_size)),
             _words(batch.gt_label, batch.batch_size),
             _p_values(batch),
-            [""] * batch.batch_size if trainer.testing else self._drift(batch, pl_module),
+            self._drift(batch, pl_module) if drift else [""] * batch.batch_size,
         )
-        columns = _columns(trainer, pl_module)
-        self._append(trainer, columns, [*self._new_unreadable(loaders_of(trainer)), *rows])
+        return list(rows)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Put the rows of all processes into the order of the data."""

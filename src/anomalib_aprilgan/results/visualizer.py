@@ -14,7 +14,6 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..checks import check_int, check_text
@@ -22,11 +21,11 @@ from ..classes import rows_of
 from ..data.listing import augmentations_of
 from ..data.pre_processing import AprilGANPreProcessor
 from ..data.reading import UnreadableImageError, display_image
-from ..files import SOFTWARE, check_writable, write_atomically
+from ..files import check_writable, write_atomically
 from ..network.roi import RegionsOfInterest
 from .callback import ResultWriter
 from .drawing import Box, Result, draw
-from .file_names import FileNames
+from .file_names import FileNames, marked
 from .regions import Regions
 
 
@@ -69,14 +68,23 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
         """Draw the images of a batch; a drawing that fails is a warning and not the end of the run."""
         names = self._names = self._names or FileNames(trainer, [])
-        for place, row in enumerate(rows_of(pl_module, batch).tolist()):
+        for place in range(batch.batch_size):
             name = batch.image_path[place] if batch.image_path else ""
             file = names.next(name)
             try:
-                drawing = self.visualize(self._result_of(name, batch, place, row, pl_module))
-                write_atomically(self._folder(trainer) / file, partial(drawing.save, format="PNG", compress_level=1, pnginfo=_marked()))
+                drawing = self.draw_of_batch(batch, place, pl_module)
+                write_atomically(
+                    self._folder(trainer) / file,
+                    partial(drawing.save, format="PNG", compress_level=1, pnginfo=marked()),
+                )
             except Exception as error:  # whatever it is: the decisions count
                 warnings.warn(f"There is no drawing of {name or file.stem!r}: {error}", stacklevel=2)
+
+    def draw_of_batch(self, batch: ImageBatch, place: int, pl_module: LightningModule) -> Image.Image:
+        """The drawing of one image of a batch of results."""
+        name = batch.image_path[place] if batch.image_path else ""
+        row = int(rows_of(pl_module, batch)[place])
+        return self.visualize(self._result_of(name, batch, place, row, pl_module))
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
         """Log where the drawings are."""
@@ -123,12 +131,6 @@ class AprilGANVisualizer(ResultWriter, Visualizer):
             if not self._is_augmented:
                 return display_image(name, self.max_side)
         return image if own is None else image * own.std.to(image.device) + own.mean.to(image.device)
-
-
-def _marked() -> PngInfo:
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
-    return info
 
 
 def _boxes(batch: ImageBatch, place: int) -> list[Box]:

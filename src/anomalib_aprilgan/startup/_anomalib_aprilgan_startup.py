@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 AWAITED = "anomalib.models"
+# Whether this is a command of the package: it loads models when it knows what to do.
+is_command = False
 
 
 class AwaitModels:
@@ -52,3 +54,26 @@ def _register() -> None:
         import warnings
 
         warnings.warn(f"anomalib_aprilgan could not be loaded into anomalib: {error!r}", stacklevel=2)
+
+
+def command(*first: str) -> int:
+    """The command ``anomalib-aprilgan``, or one of its subcommands, with the arguments of this process."""
+    globals()["is_command"] = True
+    from anomalib_aprilgan.command import main
+
+    return main([*first, *sys.argv[1:]])
+
+
+def quickstart() -> int:
+    """The command ``anomalib-aprilgan-quickstart``, its name before there were subcommands."""
+    return command("quickstart")
+
+
+def benchmark() -> int:
+    """The command ``anomalib-aprilgan-benchmark``, its name before there were subcommands."""
+    return command("benchmark")
+
+
+def config() -> int:
+    """The command ``anomalib-aprilgan-config``, its name before there were subcommands."""
+    return command("config")

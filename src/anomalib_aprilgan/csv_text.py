@@ -33,6 +33,17 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return found
 
 
+def whole_records(content: bytes) -> bytes:
+    """A table, every field quoted, without the end of it that was only begun; quoted fields may hold line breaks."""
+    is_quoted, end, start = False, 0, 0
+    while (line_end := content.find(b"\n", start)) >= 0:
+        is_quoted ^= content.count(b'"', start, line_end) % 2 == 1
+        start = line_end + 1
+        if not is_quoted:
+            end = start
+    return content[:end]
+
+
 def safe_path(path: str) -> str:
     """A path that no spreadsheet takes for a formula: a relative one then begins with ``./``."""
     return f"./{path}" if path.startswith(_FORMULA) else path

@@ -1,0 +1,1 @@
+"""What the subcommands of ``anomalib-aprilgan`` do; loaded when one is called."""
