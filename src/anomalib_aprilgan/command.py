@@ -15,16 +15,18 @@ from pathlib import Path
 
 _ABOUT = "Find defects on products that the model was never trained on. Exit codes: 0 done, 1 an anomaly, 2 bad use."
 _INSPECT = (
-    "Inspect a folder of images: decisions, drawings, regions of defects and a report to look at in a browser. Say what "
-    "the object is; give a few good images as references, and good images to set the threshold from. Every other "
+    "Inspect a folder of images: decisions, drawings, regions of defects and a report to look at in a browser. Say "
+    "what the object is; give a few good images as references, and good images to set the threshold from. Every other "
     "argument of the model can be given as --model.NAME VALUE."
 )
 _WATCH = (
-    "Inspect every image that comes into a folder, with the model of a checkpoint, until SIGTERM or Ctrl-C. A file counts "
-    "once its size and time have stopped to change. Its row in decisions.csv is written when all else is; after a kill "
+    "Inspect every image that comes into a folder, with the model of a checkpoint, until SIGTERM or Ctrl-C. A file "
+    "counts once its size and time have stopped to change. Its row in decisions.csv is written when all else is; after a kill "
     "the same command goes on where it was."
 )
-_REPORT = "Write report.html from the files of a run: decisions.csv, and regions.csv, maps.csv and thresholds.json where they are."
+_REPORT = (
+    "Write report.html from the files of a run: decisions.csv, and regions.csv, maps.csv, thresholds.json if there."
+)
 _ACCEPT = (
     "Good parts that were flagged join the memory bank of a checkpoint. Its thresholds are calibrated anew with the "
     "images that calibrated them. A new checkpoint is written beside the old one, which stays as it is."

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
+from anomalib.data import ImageBatch
 from torch import Tensor, nn
 
 from .clip.backbone import VisionOutput
@@ -62,13 +62,15 @@ def predict_images(
     if roi is None:
         return RawPredictions(*predict_in_tiles(images, rows, *tiles, predict), appearance=mean_colour(images))
     found = predict_in_tiles(images, rows, *tiles, predict, roi.inside)
-    masks = [roi.inside(row) for row in ([0] * len(images) if rows is None else rows.tolist())]
-    looked_at = [image if mask is None else image[:, mask][:, None] for image, mask in zip(images, masks, strict=True)]
+    of_images = [roi.inside(row) for row in ([0] * len(images) if rows is None else rows.tolist())]
+    looked_at = [
+        image if mask is None else image[:, mask][:, None] for image, mask in zip(images, of_images, strict=True)
+    ]
     colours = [mean_colour(image[None]) for image in looked_at]
     return RawPredictions(*found, appearance=torch.cat([images.new_empty(0, 3), *colours]))
 
 
-def look_within(roi: RegionsOfInterest, batch: Any, rows: Tensor, *, check_files: bool) -> None:  # noqa: ANN401  # anomalib's batch
+def look_within(roi: RegionsOfInterest, batch: ImageBatch, rows: Tensor, *, check_files: bool) -> None:
     """Take what lies outside the regions of interest out of a batch's ground truth, after a look at its files' sizes.
 
     An anomalous image whose mask has no pixel left counts as good. A ValueError where a file is of another size than
@@ -79,7 +81,7 @@ def look_within(roi: RegionsOfInterest, batch: Any, rows: Tensor, *, check_files
         if check_files and roi.frame(row) is not None and is_file(Path(path)):
             check_frame(roi, row, image_size_of(Path(path)), path)
     truth = batch.gt_mask
-    masks = None if truth is None else roi.masks(rows, (batch.image.shape[-2], batch.image.shape[-1]))
+    masks = None if truth is None else roi.masks(rows, (truth.shape[-2], truth.shape[-1]))
     if truth is None or masks is None or masks.shape[-2:] != truth.shape[-2:]:
         return
     before, inside = truth.flatten(1).any(dim=1), truth * masks

@@ -18,7 +18,7 @@ from .results.drawing import draw_roi
 from .results.metric_inputs import MetricInputs
 from .results.outputs import Outputs
 from .results.table import DecisionsWriter
-
+from .running import callbacks_of
 
 _SIDE = 1024  # pixels of a drawing, at most
 
@@ -44,7 +44,7 @@ class Reporting:
         model: Any = self
         mend_optimizer_of_command_line(model)
         own = AnomalibModule.configure_callbacks(model)
-        given: list[Callback] = [] if model._trainer is None else vars(model.trainer)["callbacks"]
+        given = callbacks_of(model)
         tables = [callback for callback in given if isinstance(callback, DecisionsWriter)] or [self.table]
         kinds = {type(callback) for callback in given}
         files, reports = (

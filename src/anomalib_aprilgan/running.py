@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from anomalib.data import AnomalibDataModule, ImageBatch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -21,6 +21,12 @@ def datamodule_of(module: LightningModule) -> AnomalibDataModule | None:
     """The datamodule of the trainer's last run, if it is anomalib's."""
     datamodule = getattr(module._trainer, "datamodule", None)  # noqa: SLF001  # `trainer` raises where there is none
     return datamodule if isinstance(datamodule, AnomalibDataModule) else None
+
+
+def callbacks_of(module: LightningModule) -> list[Callback]:
+    """The callbacks of the trainer that runs a model; none without one."""
+    trainer = module._trainer  # noqa: SLF001  # `trainer` raises where there is none
+    return [] if trainer is None else list(vars(trainer)["callbacks"])
 
 
 def is_running(module: LightningModule) -> bool:

@@ -11,18 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.utils.image import is_image_file
 from filelock import FileLock, Timeout
 
-from .classes import classes_of_files
-from .csv_text import as_csv, read_csv, safe_name, safe_path, whole_records
-from .data.pre_processing import prepared
+from .csv_text import as_csv, read_csv, safe_path, whole_records
 from .data.reading import UnreadableImageError, load_image
-from .decision.post_processing import AprilGANPostProcessor
 from .files import check_writable, is_drawing, unwritable_named, write_atomically
 from .lightning_model import AprilGAN
 from .results.file_names import marked, png_name
@@ -31,6 +28,7 @@ from .results.regions import regions_of
 from .results.run_files import DECISIONS, MAPS, REGIONS, THRESHOLDS, write_thresholds
 from .results.table import DecisionsWriter, Row
 from .results.visualizer import AprilGANVisualizer
+from .single_images import inspect_images
 
 # What tells the version of a file that a row is about, beside the columns of a run.
 _STAMP = ("modified", "bytes")
@@ -73,8 +71,8 @@ class FolderWatch:
     Args:
         model: A model that is ready, in evaluation mode.
         folder: What is watched, with all folders in it; files whose names begin with a dot are left alone.
-        out: Folder for ``decisions.csv``, ``regions.csv``, ``thresholds.json``, and ``images`` and ``maps``; must not lie
-            in the watched one.
+        out: Folder for ``decisions.csv``, ``regions.csv``, ``thresholds.json``, and ``images`` and ``maps``; must not
+            lie in the watched one.
         class_name: Class of all images; else the only one, or the one that a folder is named after.
         keep: Of which images drawings and maps are kept: ``"anomalous"``, ``"all"`` or ``"none"``.
         min_area: Regions of fewer pixels are left out.
@@ -191,7 +189,7 @@ class FolderWatch:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         lines = []
         for version, row in zip(versions, rows, strict=True):
-            told = [version.path, safe_name(row.class_name), row.score, row.decision, row.p_value, row.drift]
+            told = [version.path, row.class_name, row.score, row.decision, row.p_value, row.drift]
             lines.append([*told, version.modified, version.size, when, f"{seconds:.4f}"])
             self.counts.decisions[row.decision] += 1
             self.counts.seconds.append(seconds)
@@ -205,9 +203,8 @@ class FolderWatch:
         drawing = self._visualizer.draw_of_batch(batch, place, self.model)
         save = partial(drawing.save, format="PNG", compress_level=1, pnginfo=marked())
         write_atomically(self.out / "images" / file, save)
-        anomaly_map = batch.anomaly_map[place]  # type: ignore[index]  # the model gives maps
-        if anomaly_map.isfinite().all():
-            write_map(self.out / "maps" / file, anomaly_map, _MAP_SIDE)
+        if batch.anomaly_map is not None and batch.anomaly_map[place].isfinite().all():
+            write_map(self.out / "maps" / file, batch.anomaly_map[place], _MAP_SIDE)
             _append(self.out / MAPS, [[version.path, f"maps/{file.as_posix()}"]])
 
     def _recover(self) -> set[Version]:
@@ -233,32 +230,6 @@ class FolderWatch:
             content = as_csv([(*REGION_COLUMNS, *_STAMP), *rows])
             write_atomically(self.out / REGIONS, partial(_write_bytes, content))
         return done
-
-
-def inspect_images(
-    model: AprilGAN, images: Sequence[torch.Tensor], paths: Sequence[str], class_name: str | None, root: Path
-) -> ImageBatch:
-    """Post-processed results of images ``(3, H, W)``, of any sizes, as a run of the Engine has them.
-
-    Args:
-        model: A model that is ready; one that inspects in tiles takes one image.
-        images: Float in ``[0, 1]``.
-        paths: Their files.
-        class_name: Class of all of them; else the only one, or the one that a folder below ``root`` is named after.
-        root: See there.
-    """
-    tiled, device = model.settings.tile_size is not None, model.device
-    given = [image[None].to(device) for image in images]
-    ready = torch.cat(given if tiled else [prepared(model.pre_processor, image) for image in given])
-    batch: Any = ImageBatch(image=ready, image_path=list(paths))
-    names = [class_name] * len(images) if class_name is not None else classes_of_files(model.classes, paths, None, root)
-    if len(model.classes) > 1:
-        vars(batch)["class_name"] = names
-    model.predict_step(batch)
-    ours = isinstance(model.post_processor, AprilGANPostProcessor)
-    model.post_processor.post_process_batch(batch, *([model.rows_of(batch)] if ours else []))
-    found: ImageBatch = batch
-    return found
 
 
 def _check(folder: Path, out: Path, batch_size: int, patience: float) -> None:
@@ -287,7 +258,7 @@ def _version_in(row: dict[str, str], path: Path) -> Version:
         raise ValueError(msg) from None
 
 
-def _write_bytes(content: bytes, file: Any) -> None:  # noqa: ANN401  # an open file
+def _write_bytes(content: bytes, file: IO[bytes]) -> None:
     file.write(content)
 
 

@@ -20,7 +20,7 @@ LAYERS = [
         *("results", "reporting"),
     ),
     ("lightning_model",),
-    ("plugin", "__init__", "demo", "evaluation", "watching", "command", "commands"),
+    ("plugin", "__init__", "demo", "evaluation", "single_images", "watching", "command", "commands"),
 ]
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -27,11 +27,11 @@ from rich.table import Table
 from yaml import YAMLError
 
 from ..config_files import names, path_of
-from ..data.references import list_references
+from ..data.references import References, list_references, references_of_class
 from ..files import check_writable, fitting_name, temporary_folder, write_atomically
 from ..lightning_model import AprilGAN
-from ..results.outputs import Outputs
 from ..results.file_names import marked
+from ..results.outputs import Outputs
 from ..results.report import REPORT
 from ..results.run_files import DECISIONS, REGIONS, InspectedImage, RunFiles
 from ..results.visualizer import AprilGANVisualizer
@@ -134,7 +134,7 @@ def _of_config(name: str | None) -> dict[str, Any]:
     arguments = model.get("init_args", {}) if isinstance(model, dict) else None
     if not isinstance(arguments, dict):
         msg = f"--config: {path} must have `model` with `class_path` and `init_args`, as `anomalib --config` takes it."
-        raise ValueError(msg)  # noqa: TRY004
+        raise ValueError(msg)
     return {str(key): value for key, value in arguments.items()}
 
 
@@ -146,20 +146,14 @@ def _of_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, 
         if not name.startswith("--model.") or not (has_value or words):
             parser.error(f"unrecognized arguments: {name}. Arguments of the model are --model.NAME VALUE.")
         entries.append(f"{name.removeprefix('--model.')}={value if has_value else words.pop(0)}")
-    found: dict[str, Any] = {}
-    for entry in entries:
-        found |= OmegaConf.to_container(OmegaConf.from_dotlist([entry]))  # type: ignore[operator]  # a mapping
-    return found
+    found = OmegaConf.to_container(OmegaConf.from_dotlist(entries))
+    return {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
 
 
-def _number_of_references(references: Any, class_names: str | list[str] | None) -> int:  # noqa: ANN401  # as given
+def _number_of_references(references: References, class_name: object) -> int:
     """How many references each class can have."""
-    folders = [references]
-    if isinstance(class_names, list) and len(class_names) > 1 and isinstance(references, str):
-        folders = [Path(references) / name for name in class_names]
-    if isinstance(references, Mapping):
-        folders = list(references.values())
-    return min(len(list_references(folder)) for folder in folders)
+    names = list(class_name) if isinstance(class_name, (list, Mapping)) else [str(class_name)]
+    return min(len(list_references(references_of_class(references, name, names))) for name in names)
 
 
 def _new_folder(out: Path | None) -> Path:
@@ -223,9 +217,8 @@ def _print_summary(images: Sequence[InspectedImage], model: AprilGAN, folder: Pa
     say(f"Model:              {folder / CHECKPOINT}")
     checkpoint = shlex.quote(str(folder / CHECKPOINT))
     say(f"Next: anomalib-aprilgan accept corrections.csv --ckpt_path {checkpoint}   (marks from the report)")
-    say(
-        f"      anomalib-aprilgan watch FOLDER --ckpt_path {checkpoint} --out {shlex.quote(str(folder.parent / 'watch'))}"
-    )
+    watch = shlex.quote(str(folder.parent / "watch"))
+    say(f"      anomalib-aprilgan watch FOLDER --ckpt_path {checkpoint} --out {watch}")
 
 
 def _printable(path: str) -> str:

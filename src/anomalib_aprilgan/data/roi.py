@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -26,7 +26,7 @@ _WHAT = (
 )
 
 
-def plain_roi(roi: Any) -> PlainRoi | None:  # noqa: ANN401  # whatever a user gives
+def plain_roi(roi: object) -> PlainRoi | None:
     """A region of interest as plain data, of one class or by name; an error where it cannot be one."""
     if not isinstance(roi, Mapping):
         return None if roi is None else _shape_of(roi)
@@ -88,8 +88,8 @@ def mask_of_shape(shape: Shape, frame: tuple[int, int]) -> Tensor:
             )
             raise ValueError(msg)
     else:
-        polygons = [_corners(shape)] if _is_box(shape) else shape
-        points = [point for polygon in polygons for point in polygon]  # type: ignore[union-attr]  # a box has become one
+        polygons = _polygons(shape)
+        points = [point for polygon in polygons for point in polygon]
         outside = [point for point in points if not (0 <= point[0] <= width and 0 <= point[1] <= height)]
         if outside:
             msg = f"`roi`: the point {outside[0]} lies outside the images, which have {width} x {height} pixels."
@@ -97,7 +97,7 @@ def mask_of_shape(shape: Shape, frame: tuple[int, int]) -> Tensor:
         mask = torch.zeros(frame, dtype=torch.bool)
         for polygon in polygons:
             # Rows and columns of centres; what lies on an edge is inside on the left and at the top alone.
-            centres = [(y - 0.5 - 1e-9, x - 0.5 - 1e-9) for x, y in polygon]  # type: ignore[misc,union-attr]
+            centres = [(y - 0.5 - 1e-9, x - 0.5 - 1e-9) for x, y in polygon]
             mask |= torch.from_numpy(polygon2mask(frame, centres))
     if not mask.any():
         msg = f"`roi`: no pixel of the images, which have {width} x {height} pixels, is inside {shown(shape)}."
@@ -120,24 +120,27 @@ def _shape_of(given: object) -> Shape:
         return [left, top, right, bottom]
     if entries and all(_is_point(entry) for entry in entries):
         entries = [entries]  # one polygon
-    return [_polygon(entry) for entry in entries] or _refuse(given)
+    if not entries:
+        _refuse(given)
+    return [_polygon(entry) for entry in entries]
 
 
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:
-        return _refuse(text)
+        _refuse(text)
 
 
-def _refuse(given: object) -> Any:  # noqa: ANN401  # nothing is returned
+def _refuse(given: object) -> NoReturn:
     msg = f"`roi` must be {_WHAT}, got {shown(given)}."
     raise ValueError(msg)
 
 
 def _is_point(entry: object) -> bool:
-    pair = isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2
-    return pair and not any(isinstance(number, (str, Sequence)) for number in entry)  # type: ignore[attr-defined]
+    if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
+        return False
+    return not any(isinstance(number, (str, Sequence)) for number in entry)
 
 
 def _polygon(entry: object) -> list[list[float]]:
@@ -148,13 +151,12 @@ def _polygon(entry: object) -> list[list[float]]:
     return [[check_number("roi", number, _WHAT) for number in check_list("roi", point, _WHAT)] for point in points]
 
 
-def _is_box(shape: Any) -> bool:  # noqa: ANN401  # a shape that is no file
-    return not isinstance(shape[0], list)
-
-
-def _corners(box: Any) -> list[list[float]]:  # noqa: ANN401  # four numbers
-    left, top, right, bottom = box
-    return [[left, top], [right, top], [right, bottom], [left, bottom]]
+def _polygons(shape: list[Any]) -> list[list[list[float]]]:
+    """The polygons of a shape; a box is one."""
+    if isinstance(shape[0], list):
+        return shape
+    left, top, right, bottom = shape
+    return [[[left, top], [right, top], [right, bottom], [left, bottom]]]
 
 
 def _file_of(shape: str) -> Path:

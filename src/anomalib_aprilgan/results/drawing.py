@@ -45,8 +45,8 @@ class Result:
     """What is drawn of one image; ``None`` what is not known.
 
     The image is ``(3, H, W)``, uint8, or float in ``[0, 1]``. Map and ground-truth mask are ``(h, w)``, of any size, in
-    proportion to the image or not; the map is outlined above the pixel threshold. Outside the mask ``inside`` ``(h, w)``
-    the image is dimmed.
+    proportion to the image or not; the map is outlined above the pixel threshold. Outside the mask ``inside``
+    ``(h, w)`` the image is dimmed.
     """
 
     image: Tensor
@@ -126,7 +126,7 @@ def _resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> NDArray[np.float3
 
 def _outline(mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> Image.Image:
     """The edge of a mask, a pixel on either side of it; anomalib's contours are half as wide."""
-    edge = find_boundaries(mask, mode="thick")  # type: ignore[no-untyped-call]
+    edge = find_boundaries(mask, mode="thick")
     return Image.fromarray(edge[..., None] * np.array((*colour, 255), dtype=np.uint8))
 
 

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_int, check_text
+from ..csv_text import as_csv, safe_name, safe_path
 from ..data.listing import listed_files
 from ..files import check_writable, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter
-from ..csv_text import as_csv, safe_name, safe_path
 from .file_names import FileNames, marked
 from .regions import Region, Regions, regions_of, sizes_of
 from .table import class_names_of, in_order

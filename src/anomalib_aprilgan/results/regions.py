@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from anomalib.data import ImageBatch
 from numpy.typing import NDArray
 from skimage.measure import label, regionprops_table
 from torch import Tensor
@@ -146,7 +147,7 @@ def _measured(
     return starts[1], starts[0], lengths[1], lengths[0], area, centres[1], centres[0]
 
 
-def regions_of(batch: Any, min_area: int = 0) -> Sequence[Regions]:  # noqa: ANN401  # a batch with results
+def regions_of(batch: ImageBatch, min_area: int = 0) -> Sequence[Regions]:
     """The regions of every image of a batch, which keeps them as ``regions``.
 
     Raises:
@@ -165,10 +166,13 @@ def regions_of(batch: Any, min_area: int = 0) -> Sequence[Regions]:  # noqa: ANN
     return found
 
 
-def sizes_of(batch: Any) -> list[tuple[int, int]]:  # noqa: ANN401  # a batch with results
+def sizes_of(batch: ImageBatch) -> list[tuple[int, int]]:
     """Height and width of the image files of a batch; of the map where there is no file."""
-    of_map = tuple(batch.anomaly_map.shape[-2:])
-    paths = batch.image_path or [""] * len(batch.anomaly_map)
+    if batch.anomaly_map is None:
+        msg = "The batch has no maps, which regions are cut out of."
+        raise ValueError(msg)
+    of_map = (batch.anomaly_map.shape[-2], batch.anomaly_map.shape[-1])
+    paths = batch.image_path or [""] * batch.batch_size
     return [_size_of(path) or of_map for path in paths]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..checks import check_entries
+from ..csv_text import read_csv, safe_path
 from ..decision.post_processing import AprilGANPostProcessor
 from ..decision.scale import Bounds, scaled
 from ..files import is_file, write_atomically
-from ..csv_text import plain_name, read_csv
 from .regions import Region
 
 DECISIONS, REGIONS, MAPS, THRESHOLDS = "decisions.csv", "regions.csv", "maps.csv", "thresholds.json"
@@ -80,12 +80,14 @@ class RunFiles:
         images = [
             InspectedImage(
                 row["image_path"],
-                plain_name(row["class_name"]),
+                row["class_name"],
                 _score(row["score"], path),
                 row["decision"],
-                *(row.get(name, "") for name in ("label", "p_value", "drift")),
-                regions[row["image_path"]],
-                _within(maps.get(row["image_path"]), folder),
+                row.get("label", ""),
+                row.get("p_value", ""),
+                row.get("drift", ""),
+                regions[safe_path(row["image_path"])],
+                _within(maps.get(safe_path(row["image_path"])), folder),
             )
             for row in _rows(path, ("image_path", "class_name", "score", "decision"))
         ]

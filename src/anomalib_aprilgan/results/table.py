@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..checks import check_text
 from ..classes import names_of, rows_of
+from ..csv_text import as_csv
 from ..data.listing import listed_files
 from ..data.reading_hooks import unreadable_files
 from ..decision.post_processing import AprilGANPostProcessor
 from ..files import check_writable, unwritable_named, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter, loaders_of
-from ..csv_text import as_csv, safe_name, safe_path
 from .drift import DriftMonitor
 
 _UNREADABLE, _UNDECIDED = "unreadable", "undecided"
@@ -37,11 +37,6 @@ class Row(NamedTuple):
     label: str = ""
     p_value: str = ""
     drift: str = ""
-
-
-def safe(row: Row) -> Row:
-    """A row that no spreadsheet takes for formulas."""
-    return row._replace(image_path=safe_path(row.image_path), class_name=safe_name(row.class_name))
 
 
 _HEADER = Row(*Row._fields)
@@ -222,4 +217,4 @@ def _columns(trainer: Trainer, pl_module: LightningModule) -> list[int]:
 
 
 def _as_csv(columns: Sequence[int], rows: Iterable[Row]) -> bytes:
-    return as_csv([safe(row)[place] for place in columns] for row in rows)
+    return as_csv([row[place] for place in columns] for row in rows)
