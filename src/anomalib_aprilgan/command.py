@@ -21,8 +21,8 @@ _INSPECT = (
 )
 _WATCH = (
     "Inspect every image that comes into a folder, with the model of a checkpoint, until SIGTERM or Ctrl-C. A file "
-    "counts once its size and time have stopped to change. Its row in decisions.csv is written when all else is; after a kill "
-    "the same command goes on where it was."
+    "counts once its size and time have stopped to change. Its row in decisions.csv is written when all else is; after "
+    "a kill the same command goes on where it was."
 )
 _REPORT = (
     "Write report.html from the files of a run: decisions.csv, and regions.csv, maps.csv, thresholds.json if there."

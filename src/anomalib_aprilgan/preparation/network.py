@@ -189,7 +189,7 @@ def fill_memory_bank(place: Workplace, row: int) -> list[VisionOutput]:
 
 
 def encoded(place: Workplace, images: Iterable[Tensor], row: int) -> Iterator[tuple[Tensor, list[VisionOutput]]]:
-    """Normal images ``(1, 3, H, W)`` of a class, or their tiles, some at a time, as the network sees them, and encoded."""
+    """Normal images ``(1, 3, H, W)`` of a class, or their tiles, some at a time, as the network sees them, encoded."""
     side_by_side = _ENCODED_TOGETHER if place.settings.tile_size is None else 1
     given = (_as_seen(place, place.augmented(image), row) for image in images)
     while group := list(islice(given, side_by_side)):

@@ -123,10 +123,7 @@ def _scikit_learn(labels: NDArray[np.bool_], scores: NDArray[Any]) -> dict[str, 
 
 
 def _region_overlap(masks: NDArray[np.bool_], maps: NDArray[np.float32]) -> float:
-    regions = [
-        [region.coords for region in regionprops(label(mask, connectivity=2))]  # type: ignore[no-untyped-call]  # untyped there
-        for mask in masks
-    ]
+    regions = [[region.coords for region in regionprops(label(mask, connectivity=2))] for mask in masks]
     normal = ~masks
     rates, overlaps = [], []
     lowest, highest = maps.min(), maps.max()
