@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -199,11 +199,22 @@ def unmixed(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(mask.shape) == tuple(size):
         return mask
-    rows, columns = (
-        (_filter_matrix(length, target, _bicubic, mask.device) != 0).float()
-        for length, target in zip(mask.shape, size, strict=True)
-    )
+    rows, columns = _taps(mask.shape, size, mask.device)
     return (rows @ (~mask).float() @ columns.T) == 0
+
+
+def sources(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which pixels ``(H, W)`` of an image of this size the true pixels of ``mask`` ``(h, w)`` are resized from."""
+    if tuple(mask.shape) == tuple(size):
+        return mask
+    rows, columns = _taps(size, mask.shape, mask.device)
+    return (rows.T @ mask.float() @ columns) > 0
+
+
+def _taps(size: Sequence[int], target: Sequence[int], device: torch.device) -> list[Tensor]:
+    """For rows and columns, ones ``(target, size)`` where a pixel counts for one of the resized image."""
+    pairs = zip(size, target, strict=True)
+    return [(_filter_matrix(length, resized, _bicubic, device) != 0).float() for length, resized in pairs]
 
 
 def fitting_mask(mask: Tensor, image: Tensor) -> Tensor:

@@ -118,16 +118,19 @@ class Calibration:
         tiles: Callable[[Tensor], int],
         score: Score,
         augment: Callable[[Tensor], Tensor] = lambda image: image,
+        *,
+        in_place: bool = False,
     ) -> Thresholds:
         """Score these normal images and cut at the requested share.
 
         ``tiles`` tells how many remembered images a reference ``(1, 3, H, W)`` has become; ``augment`` does with an
-        image what is done with those under inspection.
+        image what is done with those under inspection. Where only a region of them is looked at, variants must show it
+        ``in_place``: they are not mirrored or cut.
         """
         argument = "references" if self.from_references else "calibration"
         normals = (augment(read_reference(file, argument)) for file in files)
         if self.from_references:
-            scores = self._of_references(list(normals), tiles, score)
+            scores = self._of_references(list(normals), tiles, score, in_place=in_place)
         else:
             scores = [score(image, ()) for image in normals]
         # In double precision on the host: not every accelerator has it.
@@ -138,7 +141,7 @@ class Calibration:
         return Thresholds(float(hdquantiles(images, share)[0]), float(hdquantiles(pixels, share)[0]))
 
     def _of_references(
-        self, images: Sequence[Tensor], tiles: Callable[[Tensor], int], score: Score
+        self, images: Sequence[Tensor], tiles: Callable[[Tensor], int], score: Score, *, in_place: bool
     ) -> list[tuple[Tensor, Tensor]]:
         ends = np.cumsum([tiles(image) for image in images]).tolist()
         single = len(images) == 1
@@ -150,7 +153,8 @@ class Calibration:
         number = max(_LEAST_VARIANTS, math.ceil((self.least + 1) / len(taken)))
         scores = []
         for place in taken:
-            variants = (light_variant(images[place], (self.seed, place, one), cut=single) for one in range(number))
+            seeds = [(self.seed, place, one) for one in range(number)]
+            variants = (light_variant(images[place], seed, cut=single, in_place=in_place) for seed in seeds)
             scores += [score(image, held_out[place]) for image in (images[place], *variants)]
         return scores
 
@@ -164,20 +168,20 @@ def likely_good(statistics: Tensor, contamination: float) -> list[int]:
     return sorted(statistics.argsort(stable=True)[: max(1, len(statistics) - left_out)].tolist())
 
 
-def light_variant(image: Tensor, seed: tuple[int, int, int], *, cut: bool = False) -> Tensor:
+def light_variant(
+    image: Tensor, seed: tuple[int, int, int], *, cut: bool = False, in_place: bool = False
+) -> Tensor:
     """The part ``(1, 3, H, W)`` in ``[0, 1]`` as another shot might show it: perhaps mirrored, lighter, with noise.
 
     Nothing is turned or shifted: interpolation blurs and invented borders break patterns, either of which a model may
     well take for a defect. With ``cut``, up to a seventh of the area is cut off at the border and the rest resized, so
-    that no patch is the one it was. The same seed gives the same variant.
+    that no patch is the one it was. With ``in_place``, everything stays where it is. The same seed gives the same
+    variant.
     """
-    changes = [
-        v2.RandomHorizontalFlip(),
-        v2.RandomVerticalFlip(),
-        v2.ColorJitter(_BRIGHTNESS, _CONTRAST, _SATURATION),
-        v2.GaussianNoise(sigma=_NOISE),
-    ]
-    if cut:
+    changes = [v2.ColorJitter(_BRIGHTNESS, _CONTRAST, _SATURATION), v2.GaussianNoise(sigma=_NOISE)]
+    if not in_place:
+        changes = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), *changes]
+    if cut and not in_place:
         shape = (image.shape[-1] / image.shape[-2],) * 2
         changes.insert(0, v2.RandomResizedCrop(image.shape[-2:], (_KEPT, 1.0), shape, v2.InterpolationMode.BICUBIC))
     with seeded(int(np.random.SeedSequence(seed).generate_state(1)[0])):

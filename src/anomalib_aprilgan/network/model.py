@@ -124,9 +124,9 @@ class AprilGANModel(nn.Module):
                 part.set_rows(kept)
 
     def of_row(self, row: int) -> AprilGANModel:
-        """A network of one class alone, which shares all tensors with this one; without a text tower."""
+        """A network of one class alone, which shares tensors with this one; without a text tower, for images of any size."""
         few_shot = copy.copy(self.few_shot)
-        roi = None if self.roi is None else copy.deepcopy(self.roi)
+        roi = None if self.roi is None else self.roi.without_frames()
         one = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature, roi)
         one.text_features = self.text_features[row, None]
         one.attach_backbone(self.backbone.without_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -57,6 +58,13 @@ class RegionsOfInterest(nn.Module):
         """Height and width of the images that the region of a class is for; ``None`` where it has none."""
         height, width = self.of_class[row].get_buffer("frame").tolist()
         return (height, width) if height else None
+
+    def without_frames(self) -> RegionsOfInterest:
+        """The same regions, for images of any size: in proportion."""
+        one = copy.deepcopy(self)
+        for of_class in one.of_class:
+            of_class.get_buffer("frame").zero_()
+        return one
 
     def masks(self, rows: Tensor | None, size: tuple[int, int]) -> Tensor | None:
         """Masks ``(B, h, w)``, or ``(1, h, w)`` without rows, of maps of this size; ``None`` where all counts.

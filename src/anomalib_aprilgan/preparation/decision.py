@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..clip.backbone import VisionOutput
+from ..data.pre_processing import sources
 from ..data.references import content_digests, read_reference
 from ..decision.calibration import Calibration, Thresholds, likely_good
 from ..decision.post_processing import AprilGANPostProcessor
+from ..inspection import check_frame
 from ..network.model import RawPredictions
 from ..recipe import Recipe, digest_of_tensors
 from .workplace import Workplace, tiles_of
@@ -113,10 +116,23 @@ def _thresholds(
         return fused[0], raw.anomaly_map.amax()
 
     post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
-    found = calibration.thresholds(files, lambda image: len(tiles_of(place, image)), score, place.augmented)
+    within, tiles = partial(_looked_at, place, row), lambda image: len(tiles_of(place, image))
+    has_roi = place.network.roi is not None and place.network.roi.inside(row) is not None
+    found = calibration.thresholds(files, tiles, score, within, in_place=has_roi)
     if scores:
         post_processor.of_class(row).set_good_parts(torch.cat(scores), torch.cat(appearances))
     return found
+
+
+def _looked_at(place: Workplace, row: int, image: Tensor) -> Tensor:
+    """A normal image ``(1, 3, H, W)`` with a mean colour in place of what lies outside its region of interest."""
+    image, roi = place.augmented(image), place.network.roi
+    inside = None if roi is None else roi.inside(row)
+    if inside is None:
+        return image
+    if roi is not None:
+        check_frame(roi, row, (image.shape[-2], image.shape[-1]), "a normal image")
+    return torch.where(sources(inside, (image.shape[-2], image.shape[-1])).to(image.device), image, 0.5)
 
 
 def bounds_recipe(place: Workplace, row: int) -> Recipe:
