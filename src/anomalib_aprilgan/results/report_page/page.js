@@ -113,7 +113,8 @@
     });
   }
   const scoreText = (one) => (one.score === null ? "no score" : one.score.toFixed(3));
-  const nameOf = (path) => path.split(/[\\/]/).pop() || "(no file)";
+  // The last folder too: files of many folders have the same names.
+  const nameOf = (path) => path.split(/[\\/]/).slice(-2).join("/") || "(no file)";
 
   function card(one) {
     const node = html("button", "card");
@@ -264,7 +265,7 @@
     if (place < 0 || place >= list.length) return;
     open = place;
     const one = list[place], dialog = el("large");
-    if (!dialog.open) dialog.showModal();
+    if (!dialog.open) { dialog.showModal(); dialog.focus(); }  // not on a button: Enter would press it
     el("large-decision").textContent = decision(one).toUpperCase();
     el("large-decision").className = decision(one);
     el("large-score").textContent = `${scoreText(one)} · ${place + 1} of ${list.length}`;
@@ -321,8 +322,8 @@
   el("bad").addEventListener("click", () => markOpen("bad"));
   el("unmark").addEventListener("click", () => markOpen(""));
   const keys = { ArrowLeft: () => show(open - 1), ArrowRight: () => show(open + 1), g: () => markOpen("good"), b: () => markOpen("bad"), u: () => markOpen(""), h: () => toggle("heat"), r: () => toggle("regions") };
-  el("large").addEventListener("keydown", (event) => {
-    const action = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  document.addEventListener("keydown", (event) => {
+    const action = open < 0 ? null : keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     action();
