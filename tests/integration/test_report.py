@@ -21,8 +21,8 @@ from playwright.sync_api import Page, Request, sync_playwright
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan.command import main
 from anomalib_aprilgan.csv_text import as_csv
-from anomalib_aprilgan.data.corrections import read_corrections
 from anomalib_aprilgan.data import MultiCategoryData
+from anomalib_aprilgan.data.corrections import read_corrections
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
 from anomalib_aprilgan.results.report import write_report
 from anomalib_aprilgan.results.run_files import InspectedImage, RunFiles
@@ -37,7 +37,13 @@ FLAGS = [
     *("--disable-component-update", "--disable-sync"),
 ]
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
-HOSTILE = ["<script>window.hacked=1<&script>.png", 'a "quoted" \'one\'.png', "line\nbreak.png", "=cmd()|'x'!A1.png", "ü 木.png"]
+HOSTILE = [
+    "<script>window.hacked=1<&script>.png",
+    "a \"quoted\" 'one'.png",
+    "line\nbreak.png",
+    "=cmd()|'x'!A1.png",
+    "ü 木.png",
+]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def drawn_run(folder: Path, number: int, *, labelled: bool = True, names: list[s
             regions.append([str(path), "nut", 1, 10, 8, 20, 16, 320, 20.0, 16.0, score, score / 2])
     header = ["image_path", "class_name", "score", "decision", "label"]
     (folder / "decisions.csv").write_bytes(as_csv([header, *rows]))
-    fields = "left top width height area centroid_x centroid_y peak mean".split()
+    fields = ["left", "top", "width", "height", "area", "centroid_x", "centroid_y", "peak", "mean"]
     (folder / "regions.csv").write_bytes(as_csv([["image_path", "class_name", "region", *fields], *regions]))
     (folder / "maps.csv").write_bytes(as_csv([["image_path", "map"], *maps]))
     return RunFiles.read(folder)
@@ -300,7 +306,10 @@ class TestPage:
         )
         assert contrast(ink, ground) >= 7.0
         for kind in (".anomalous", ".good", ".faint"):
-            assert contrast(page.evaluate(f"getComputedStyle(document.querySelector('.card {kind}')).color"), ground) >= 4.5
+            assert (
+                contrast(page.evaluate(f"getComputedStyle(document.querySelector('.card {kind}')).color"), ground)
+                >= 4.5
+            )
         page.locator(".card").first.click()
         assert page.evaluate("document.getElementById('large').scrollWidth") <= width
 
@@ -345,14 +354,20 @@ class TestFiles:
             ("decisions.csv", None, "There is no .*decisions.csv: give the folder of a run"),
             ("decisions.csv", b'"image_path","score"\n"x.png","1"\n', "has no column class_name, decision"),
             ("decisions.csv", b'"image_path","class_name","score","decision"\n"x.png"\n', "no whole table of CSV"),
-            ("decisions.csv", b'"image_path","class_name","score","decision"\n"x","","high",""\n', "score must be a number"),
+            (
+                "decisions.csv",
+                b'"image_path","class_name","score","decision"\n"x","","high",""\n',
+                "score must be a number",
+            ),
             ("regions.csv", b'"image_path","left"\n"x.png","1"\n', "has no column top"),
             ("thresholds.json", b"{", "is no JSON"),
             ("thresholds.json", b"{}", "must hold a list"),
             ("thresholds.json", b'[{"name": "x", "image_cut": "a", "knots": []}]', "the entry 'image_cut' must be"),
         ],
     )
-    def test_bad_files_are_named(self, tmp_path: Path, name: str, content: bytes | None, text: str, capsys: Any) -> None:
+    def test_bad_files_are_named(
+        self, tmp_path: Path, name: str, content: bytes | None, text: str, capsys: Any
+    ) -> None:
         drawn_run(tmp_path, 2)
         (tmp_path / name).unlink(missing_ok=True)
         if content is not None:

@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 
 from anomalib_aprilgan import AprilGAN
 
-from ..conftest import DATASET
 from .runs import by_path, category, engine, good, read
 
 Build = Callable[..., AprilGAN]
@@ -176,7 +175,10 @@ class TestBadInput:
         [
             ([0, 0, 5000, 10], r"`roi`: the point \[5000, 0\] lies outside the images"),
             ([3.0, 3.0, 4.0, 4.0], "`roi` is too narrow: at `image_size`"),
-            ({"bottle": [0, 0, 50, 50], "can": [0, 0, 50, 50]}, "`roi` is given for 'can', which is none of the classes"),
+            (
+                {"bottle": [0, 0, 50, 50], "can": [0, 0, 50, 50]},
+                "`roi` is given for 'can', which is none of the classes",
+            ),
         ],
     )
     def test_regions_that_fit_no_image(self, april_gan: Build, tmp_path: Path, roi: Any, text: str) -> None:
@@ -216,5 +218,3 @@ class TestBadInput:
         torch.save(content, tmp_path / "model.ckpt")
         with pytest.raises(ValueError, match="`ckpt_path`: the region of interest of class 0 must be a mask of"):
             AprilGAN.load_from_checkpoint(tmp_path / "model.ckpt")
-
-

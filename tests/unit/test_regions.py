@@ -25,7 +25,13 @@ from anomalib_aprilgan.network.tiling import run_tiled
 from anomalib_aprilgan.results.region_files import CocoWriter, MapWriter, MaskWriter, RegionsWriter
 from anomalib_aprilgan.results.regions import find_regions, regions_of
 
-SIZES = [((101, 77), (96, 96)), ((480, 641), (70, 70)), ((60, 90), (96, 144)), ((333, 222), (98, 56)), ((50, 50), (50, 50))]
+SIZES = [
+    ((101, 77), (96, 96)),
+    ((480, 641), (70, 70)),
+    ((60, 90), (96, 144)),
+    ((333, 222), (98, 56)),
+    ((50, 50), (50, 50)),
+]
 
 
 def drawn(size: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -68,7 +74,11 @@ def test_boxes_are_those_of_the_truth_within_a_pixel_of_the_map(
 def test_boxes_are_those_of_the_truth_in_tiles(size: tuple[int, int]) -> None:
     truth = drawn(size)
     _, blended = run_tiled(
-        torch.from_numpy(truth).float().repeat(3, 1, 1), 48, 0.25, 2, lambda tiles: (tiles.amax(dim=(1, 2, 3)), tiles[:, 0])
+        torch.from_numpy(truth).float().repeat(3, 1, 1),
+        48,
+        0.25,
+        2,
+        lambda tiles: (tiles.amax(dim=(1, 2, 3)), tiles[:, 0]),
     )
     assert_boxes_of(truth, find_regions((blended > 0.5).numpy(), blended.numpy(), size), size)
 
@@ -131,7 +141,9 @@ def write(writer: Any, folder: Path, batch: ImageBatch) -> None:
 def batch(tmp_path: Path) -> ImageBatch:
     (tmp_path / "in").mkdir()
     empty = np.zeros((60, 90), dtype=bool)
-    return batch_of(tmp_path / "in", [drawn((101, 77)), empty, drawn((64, 64))], (96, 96), ["a.png", "=1+1.png", "c.png"])
+    return batch_of(
+        tmp_path / "in", [drawn((101, 77)), empty, drawn((64, 64))], (96, 96), ["a.png", "=1+1.png", "c.png"]
+    )
 
 
 def test_coco_reads_the_json_and_its_areas_agree(batch: ImageBatch, tmp_path: Path) -> None:

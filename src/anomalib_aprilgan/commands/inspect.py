@@ -18,6 +18,7 @@ from typing import Any
 
 from anomalib.engine import Engine
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE
@@ -55,7 +56,8 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import_module("..plugin", __package__).register()
     _write_to(model, folder)
     with temporary_folder(folder) as scratch, _quiet():
-        engine = Engine(default_root_dir=scratch, logger=False, devices=1)
+        progress = RichProgressBar(console_kwargs={"stderr": True})  # what is printed may be read by a program
+        engine = Engine(default_root_dir=scratch, logger=False, devices=1, callbacks=[progress])
         engine.predict(model, data_path=given.images, return_predictions=False)
         engine.trainer.save_checkpoint(folder / CHECKPOINT)
     images = RunFiles.read(folder).images
@@ -69,7 +71,10 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context without the greetings and hints of Lightning; what is wrong is still said."""
+    """Context without the greetings and hints of Lightning and anomalib; what is wrong is still said."""
+    of_engine = logging.getLogger("anomalib.engine.engine")  # it warns that no checkpoint was asked for
+    level = of_engine.level
+    of_engine.setLevel(logging.ERROR)
     logging.disable(logging.INFO)
     try:
         with warnings.catch_warnings():
@@ -82,6 +87,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+        of_engine.setLevel(level)
 
 
 def model_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> AprilGAN:

@@ -168,9 +168,7 @@ def likely_good(statistics: Tensor, contamination: float) -> list[int]:
     return sorted(statistics.argsort(stable=True)[: max(1, len(statistics) - left_out)].tolist())
 
 
-def light_variant(
-    image: Tensor, seed: tuple[int, int, int], *, cut: bool = False, in_place: bool = False
-) -> Tensor:
+def light_variant(image: Tensor, seed: tuple[int, int, int], *, cut: bool = False, in_place: bool = False) -> Tensor:
     """The part ``(1, 3, H, W)`` in ``[0, 1]`` as another shot might show it: perhaps mirrored, lighter, with noise.
 
     Nothing is turned or shifted: interpolation blurs and invented borders break patterns, either of which a model may

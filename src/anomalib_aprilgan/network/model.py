@@ -124,7 +124,10 @@ class AprilGANModel(nn.Module):
                 part.set_rows(kept)
 
     def of_row(self, row: int) -> AprilGANModel:
-        """A network of one class alone, which shares tensors with this one; without a text tower, for images of any size."""
+        """A network of one class alone, which shares tensors with this one and has no text tower.
+
+        Its region of interest is for images of any size.
+        """
         few_shot = copy.copy(self.few_shot)
         roi = None if self.roi is None else self.roi.without_frames()
         one = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature, roi)
