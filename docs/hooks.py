@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
-from importlib.metadata import entry_points
+import subprocess
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 
-_HELP = re.compile(r"^\{\{ help of (\S+) \}\}$", re.MULTILINE)
+_HELP = re.compile(r"^\{\{ help of (\S+(?: \S+)?) \}\}$", re.MULTILINE)
 
 
 def help_of(command: str) -> str:
     """What ``command --help`` prints, as a code block."""
-    (found,) = entry_points(group="console_scripts", name=command)
-    printed = io.StringIO()
-    os.environ["COLUMNS"] = "80"
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        found.load()(["--help"])
-    if command not in printed.getvalue():
+    program, *subcommand = command.split()
+    words = [Path(sys.executable).with_name(program), *subcommand, "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    if command not in printed:
         msg = f"{command} --help printed nothing of itself."
         raise ValueError(msg)
-    return f"```text\n{printed.getvalue().strip()}\n```"
+    return f"```text\n{printed.strip()}\n```"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

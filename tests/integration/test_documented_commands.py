@@ -20,6 +20,7 @@ from PIL import Image
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan import command as command_line
 from anomalib_aprilgan.config_files import folder as config_folder
+from anomalib_aprilgan.csv_text import as_csv
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.demo.drawn_clip import pretrain
 from anomalib_aprilgan.evaluation.config import checked, read_arguments
@@ -65,7 +66,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documentation calls ``path/to/...`` and ``datasets/...``."""
     images = [Image.open(path) for path in sorted(DATASET.glob("*/train/good/*.png"))]
     variants = [image.rotate(angle) for angle in (0, 90) for image in images]
-    for name in ("images", "inspect"):
+    for name in ("images", "inspect", "incoming"):
         (tmp_path / "path/to" / name).mkdir(parents=True)
         for number, image in enumerate(variants[:3]):
             image.save(tmp_path / "path/to" / name / f"{number}.png")
@@ -91,10 +92,10 @@ def test_command(command: str, anomalib: Callable[..., str], work: Path, capsys:
         # The README's are run by .ci/run itself, those of contributors as it runs them.
         tool = "pip install" if program == "pip" else " ".join([program, *arguments[:2]]).removesuffix(" -q")
         assert tool in CI or command in (ROOT / "README.md").read_text(encoding="utf-8")
-    elif program == "anomalib-aprilgan-benchmark":
-        assert read_plan(checked(read_arguments(arguments)).benchmark).cells()
+    elif program == "anomalib-aprilgan" and arguments[0] == "benchmark":
+        assert read_plan(checked(read_arguments(arguments[1:])).benchmark).cells()
     elif program == "anomalib-aprilgan":
-        run_subcommand(arguments, capsys)
+        run_subcommand(arguments, capsys, anomalib)
     elif program == "python":
         assert arguments[:2] == ["-m", "anomalib_aprilgan.demo.drawn_clip.pretrain"]
         with pytest.raises(SystemExit) as ended:
@@ -122,18 +123,51 @@ def test_command(command: str, anomalib: Callable[..., str], work: Path, capsys:
             assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + (48 if "left:" in command else 3)
 
 
-def run_subcommand(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+INSPECT = [
+    "inspect",
+    "path/to/inspect",
+    "--class_name",
+    "metal washer",
+    "--references",
+    "path/to/good",
+    "--k_shot",
+    "2",
+]
+
+
+def run_subcommand(arguments: list[str], capsys: pytest.CaptureFixture[str], anomalib: Callable[..., str]) -> None:
     """Run a command of the package; those for checkpoints on the one that their page says how to write."""
     if arguments[0] == "backbones":
         command_line.main([*arguments, "ViT-B-32", "RN50"])
         assert "2 of 2 architectures" in capsys.readouterr().out
         return
-    assert arguments[0] in {"accept", "reject"}
+    if arguments[0] == "inspect":
+        assert command_line.main([*arguments, *BUILT_IN]) == 0
+        assert Path("results/inspect/1/report.html").is_file()
+        return
+    if arguments[0] == "report":
+        given = ["--model.class_name=washer", "--model.outputs=[maps, regions]", *BUILT_IN]
+        anomalib("predict", "--model", "AprilGAN", "--data", "path/to/images", *given)
+        assert command_line.main(arguments) == 0
+        assert Path("results/AprilGAN/latest/report.html").is_file()
+        return
+    if "corrections.csv" in arguments:
+        assert command_line.main([*INSPECT, *BUILT_IN]) == 0
+        rows = [("image_path", "class_name", "mark"), ("path/to/inspect/0.png", "metal washer", "good")]
+        Path("corrections.csv").write_bytes(as_csv(rows))
+        assert command_line.main(arguments) == 0
+        assert Path("results/inspect/1/model-accepted-1.ckpt").is_file()
+        return
+    assert arguments[0] in {"accept", "reject", "watch"}
     (code,) = [text for page, text in blocks("python") if "save_checkpoint" in text and page == "memory.md"]
     executed("memory.md", code)
     if "--undo" in arguments:
         command_line.main(["accept", "path/to/inspect/0.png", "path/to/inspect/1.png", "--ckpt_path", "washer.ckpt"])
     capsys.readouterr()
+    if arguments[0] == "watch":
+        assert command_line.main([*arguments, "--once", "--interval", "0.1"]) == 0
+        assert "3 inspected" in capsys.readouterr().out
+        return
     command_line.main(arguments)
     printed = capsys.readouterr().out
     if arguments[0] == "reject":

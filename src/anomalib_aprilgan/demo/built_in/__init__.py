@@ -24,7 +24,7 @@ ADAPTERS = _FOLDER / "adapters.safetensors"
 HINT = (
     f"To try things out on drawn images there is a small CLIP in this package: `backbone={ARCHITECTURE!r}`, "
     f"`pretrained={PRETRAINED!r}`, `image_size={IMAGE_SIZE}`, `stages={STAGES}`, `memory_stages={MEMORY_STAGES}`, or "
-    "`anomalib-aprilgan-quickstart`."
+    "`anomalib-aprilgan quickstart`."
 )
 
 CLIP = BuiltInClip(ARCHITECTURE, PRETRAINED, CONFIG, WEIGHTS, ADAPTERS, HINT)

@@ -21,9 +21,10 @@
     return one.score > cuts[one.row] ? "anomalous" : "good";
   }
   const inClass = (one) => chosen < 0 || one.row === chosen;
+  const drifts = (one) => one.drift !== "" && one.drift !== "no";
   function needsALook(one) {
     const now = decision(one);
-    if (now === "undecided" || now === "unreadable" || one.drift) return true;
+    if (now === "undecided" || now === "unreadable" || drifts(one)) return true;
     return Math.abs(one.score - cuts[one.row]) <= NEAR || (one.label !== "" && one.label !== now);
   }
 
@@ -270,7 +271,7 @@
     el("large-decision").className = decision(one);
     el("large-score").textContent = `${scoreText(one)} · ${place + 1} of ${list.length}`;
     el("large-path").textContent = one.path;
-    const facts = [data.classes.length > 1 ? data.classes[one.row].name : "", one.label && `labelled ${one.label}`, one.p && `p-value ${one.p}`, one.drift && `drift: ${one.drift}`, one.regions.length ? `${one.regions.length} regions, ${one.regions.reduce((sum, region) => sum + region[4], 0)} pixels` : ""];
+    const facts = [data.classes.length > 1 ? data.classes[one.row].name : "", one.label && `labelled ${one.label}`, one.p && `p-value ${one.p}`, drifts(one) && `drift: ${one.drift}`, one.regions.length ? `${one.regions.length} region${one.regions.length > 1 ? "s" : ""}, ${one.regions.reduce((sum, region) => sum + region[4], 0)} pixels` : ""];
     el("large-facts").textContent = facts.filter(Boolean).join(" · ");
     for (const value of ["good", "bad"]) el(value).setAttribute("aria-pressed", String(marks.get(one.index) === value));
     el("previous").disabled = place === 0;
