@@ -35,13 +35,14 @@ def predict_images(
     """Raw predictions of images ``(B, 3, H, W)``, float in ``[0, 1]``, whole or in tiles.
 
     ``rows``, ``without``, ``output`` and ``few_shot`` are those of ``AprilGANModel.predict``. Images that are
-    prepared, or whose CLIP output is known, are never tiled. A ValueError where images, not prepared, are of another
+    prepared, or whose CLIP output is known, are never tiled. While adapters are trained, neither references nor regions
+    of interest count: ``few_shot`` is false. A ValueError where images, not prepared, are of another
     size than those that the region of interest of their class was given for.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         msg = f"`batch` must be (B, 3, H, W), got {tuple(images.shape)}."
         raise ValueError(msg)
-    roi = network.roi
+    roi = network.roi if few_shot else None
     if roi is not None and not torch.compiler.is_exporting() and (settings.tile_size is not None or not is_prepared):
         for row in {0} if rows is None else set(rows.tolist()):
             check_frame(roi, row, (images.shape[-2], images.shape[-1]), "an image")

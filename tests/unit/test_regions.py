@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from scipy.ndimage import gaussian_filter
 from skimage.draw import disk, line
 from skimage.measure import label, regionprops
+from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_aprilgan.csv_text import read_csv
 from anomalib_aprilgan.data.pre_processing import resize_mask
@@ -214,3 +215,17 @@ def test_a_line_and_a_disk_are_two_regions_in_reading_order() -> None:
     found = list(find_regions(mask, mask.astype(np.float32), (50, 80)))
     assert [(one.left, one.top) for one in found] == [(60, 5), (13, 28)]
     assert json.dumps([one.area for one in found]) == json.dumps([16, int(mask[28:, :40].sum())])
+
+
+def test_data_that_change_their_files_have_no_regions(tmp_path: Path) -> None:
+    dataset = SimpleNamespace(augmentations=CenterCrop(10))
+    trainer = SimpleNamespace(
+        default_root_dir=tmp_path,
+        testing=False,
+        global_rank=0,
+        world_size=1,
+        predict_dataloaders=[SimpleNamespace(dataset=dataset)],
+    )
+    with pytest.raises(ValueError, match="Regions are told in pixels of the image files"):
+        RegionsWriter().on_predict_start(trainer, SimpleNamespace(pre_processor=None))
+    MapWriter().on_predict_start(trainer, SimpleNamespace(pre_processor=None))

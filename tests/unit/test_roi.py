@@ -183,3 +183,14 @@ def test_the_sources_of_what_is_kept_are_enough_and_lie_inside(size: tuple[int, 
     image = torch.rand(3, *SIZE)
     first, second = (resize_image(one, size) for one in (image, torch.where(used, image, 0.5)))
     assert torch.equal(first[:, kept], second[:, kept])
+
+
+def test_classes_in_tiles_may_have_images_of_other_sizes() -> None:
+    roi = RegionsOfInterest(2)
+    roi.set(0, of_box(0, 0, 2, 2, (4, 4)), (4, 4))
+    roi.set(1, of_box(0, 0, 3, 3, (6, 5)), (6, 5))
+    for row, size, pixels in ((0, (4, 4), 4), (1, (6, 5), 9)):
+        masks = roi.masks(torch.tensor([row, row]), size)
+        assert masks is not None
+        assert masks.shape == (2, *size)
+        assert masks[0].sum() == pixels

@@ -71,13 +71,13 @@ class RegionsOfInterest(nn.Module):
 
         ``rows`` ``(B,)`` is the class of each image; not needed for one class.
         """
-        found = [self.inside(row) for row in range(len(self.of_class))]
+        chosen = [0] if rows is None or len(self.of_class) == 1 else rows.tolist()
+        found = [self.inside(row) for row in chosen]
         known = next((mask for mask in found if mask is not None), None)
         if known is None:
             return None
         whole = torch.ones(size, dtype=torch.bool, device=known.device)
-        stacked = torch.stack([whole if mask is None else mask for mask in found])
-        return stacked if rows is None or len(stacked) == 1 else stacked[rows]
+        return torch.stack([whole if mask is None else mask for mask in found])
 
 
 def within(values: Tensor, masks: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_text
 from ..csv_text import as_csv, safe_name, safe_path
-from ..data.listing import listed_files
+from ..data.listing import augmentations_of, listed_files
 from ..files import check_writable, write_atomically
 from ..running import all_gather_object
 from .callback import ResultWriter
@@ -48,6 +48,8 @@ class RegionResults(ResultWriter, ABC):
         min_area: Regions of fewer pixels of the image file are left out.
     """
 
+    in_pixels_of_files = True
+
     def __init__(self, folder: str | Path | None = None, min_area: int = 0) -> None:
         super().__init__()
         self.folder = None if folder is None else Path(check_text("folder", folder, "a folder to write to"))
@@ -56,9 +58,14 @@ class RegionResults(ResultWriter, ABC):
         self._names: FileNames | None = None
 
     def start(self, trainer: Trainer, pl_module: LightningModule, loaders: object) -> None:
-        """Begin; an OSError where the folder cannot be written."""
-        del pl_module
+        """Begin; an OSError where the folder cannot be written, a ValueError where the data change their files."""
         check_writable(self._folder(trainer))
+        if self.in_pixels_of_files and augmentations_of(loaders, getattr(pl_module, "pre_processor", None)) is not None:
+            msg = (
+                "Regions are told in pixels of the image files, which the augmentations of the data change: leave out "
+                "the augmentations, or regions, coco, masks and report from `outputs`."
+            )
+            raise ValueError(msg)
         self._images, self._names = [], FileNames(trainer, loaders)
 
     def write_batch(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch) -> None:
@@ -198,6 +205,8 @@ class MapWriter(RegionResults):
         min_area: Not used: maps are whole.
         max_side: Longest side of a map in pixels, at least 16.
     """
+
+    in_pixels_of_files = False
 
     def __init__(self, folder: str | Path | None = None, min_area: int = 0, max_side: int = 1024) -> None:
         super().__init__(folder, min_area)
