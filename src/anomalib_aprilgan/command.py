@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+from .clip.columns import COLUMNS
+
 _ABOUT = "Find defects on products that the model was never trained on. Exit codes: 0 done, 1 an anomaly, 2 bad use."
 _INSPECT = (
     "Inspect a folder of images: decisions, drawings, regions of defects and a report to look at in a browser. Say "
@@ -87,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     listed = commands.add_parser("backbones", help="list the CLIPs that can be used", description=_BACKBONES)
     listed.add_argument("names", nargs="*", help="architectures of open_clip (default: all)")
     listed.add_argument("--image_size", type=int, help="side in pixels that figures are of (default: each one's own)")
-    listed.add_argument("--sort", default="name", help="column to sort by, ascending, such as parameters or gflops")
+    listed.add_argument("--sort", choices=COLUMNS, default="name", help="column to sort by, ascending")
     listed.add_argument("--json", action="store_true", help="print JSON")
     listed.add_argument("--markdown", action="store_true", help="print a Markdown table")
     listed.set_defaults(run="backbones:run")

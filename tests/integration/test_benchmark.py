@@ -635,7 +635,9 @@ def test_cells_in_parallel_equal_one_after_the_other(configure: Configure) -> No
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
-def test_training_as_the_config_says(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_as_the_config_says(
+    configure: Configure, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[tuple[int, str]] = []
     finished = Stfpm.on_train_end if hasattr(Stfpm, "on_train_end") else None
     monkeypatch.setattr(
@@ -643,9 +645,13 @@ def test_training_as_the_config_says(configure: Configure, monkeypatch: pytest.M
         "on_train_end",
         lambda self: (steps.append((self.global_step, str(self.trainer.precision))), finished and finished(self))[1],
     )
-    stfpm = {"class_path": "Stfpm", "init_args": {"backbone": "resnet18", "layers": ["layer1"]}}
+    # As few and small images as can be: a CPU without instructions for bf16 takes seconds for each.
+    small = {"backbone": "resnet18", "layers": ["layer1"], "pre_processor": False}
+    few = drawn | {"init_args": drawn["init_args"] | {"num_train": 2, "num_test": 2, "image_size": 32}}
+    stfpm = {"class_path": "Stfpm", "init_args": small}
     model = {"short": stfpm | {"trainer": {"max_steps": 1}}, "longer": stfpm}
-    table, _ = run(configure(model=model, k_shot=["full"], trainer={"max_epochs": 2, "precision": "bf16-mixed"}))
+    trainer = {"max_epochs": 2, "precision": "bf16-mixed"}
+    table, _ = run(configure(model=model, data=few, k_shot=["full"], trainer=trainer))
     assert list(table.status) == ["done", "done"]
     assert steps == [(1, "bf16-mixed"), (2, "bf16-mixed")]
 

@@ -23,6 +23,7 @@ def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None
         "image_size": 96,
         "stages": [1, 2, 3, 4],
         "adapters": str(small_clip.adapters_4),
+        "outputs": ["report", "coco", "masks"],
     }
     command = [sys.executable, two_ranks.__file__, json.dumps(arguments), str(DATASET), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -37,6 +38,9 @@ def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None
         for bank, own in zip(first[number]["banks"], alone["banks"], strict=True):
             assert torch.equal(bank, own)
             assert bank.numel() > 0
+        assert first[number]["regions"] == alone["regions"]
+        assert len(alone["regions"]) > 20
+        assert alone["regions"][-2:] == [[str(images), str(images)], ["True"]]
         for rank in (first[number], second[number]):
             assert rank["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
             for name in CATEGORIES:

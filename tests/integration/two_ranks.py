@@ -14,6 +14,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUROC
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.csv_text import read_csv
 from anomalib_aprilgan.data import MultiCategoryData
 from anomalib_aprilgan.results.evaluator import ClassEvaluator
 
@@ -53,8 +54,20 @@ def evaluate(
     return {
         "metrics": metrics,
         "values": {name: model.post_processor.of_class(name).values() for name in model.classes.names},
+        "regions": written(Path(runner.trainer.default_root_dir)) if runner.trainer.is_global_zero else [],
         "banks": [] if scorer is None else [scorer.features(row) for row in range(len(CATEGORIES))],
     }
+
+
+def written(folder: Path) -> list[list[str]]:
+    """Boxes and areas of all regions that a run has written, and how many files there are for the images."""
+    rows = [list(row.values())[:8] for row in read_csv(folder / "regions.csv")]
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    return [
+        *rows,
+        [str(len(list((folder / kind).rglob("*.png")))) for kind in ("masks", "maps")],
+        [str("<svg" in report)],
+    ]
 
 
 def _run(rank: int, arguments: dict[str, Any], dataset: str, folder: str, port: int) -> None:

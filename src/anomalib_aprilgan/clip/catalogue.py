@@ -11,9 +11,6 @@ from huggingface_hub import try_to_load_from_cache
 from . import library
 from .architecture import ClipArchitecture
 
-# Columns by which a list can be sorted: those of numbers and names.
-COLUMNS = ("name", "tower", "text", "image_size", "patch", "stages", "embed_dim", "parameters", "gflops")
-
 
 @dataclass(frozen=True)
 class Backbone:

@@ -13,7 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from ..clip import library
-from ..clip.catalogue import COLUMNS, Backbone, backbones
+from ..clip.catalogue import Backbone, backbones
+from ..clip.columns import COLUMNS
 
 # So many architectures are listed with the names of their weights.
 _FEW = 20
@@ -29,8 +30,6 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"names must be architectures of open_clip, got {', '.join(unknown)}.")
     if given.image_size is not None and given.image_size < 1:
         parser.error(f"--image_size must be a side in pixels above 0, got {given.image_size}.")
-    if given.sort not in COLUMNS:
-        parser.error(f"--sort must be one of {', '.join(COLUMNS)}, got {given.sort!r}.")
     names = given.names or library.model_names()
     progress = track(backbones(given.image_size, names), "Backbones", len(names), console=Console(stderr=True))
     # Those without a figure come last.

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ..config_files import names, path_of
 from ..data.references import References, list_references, references_of_class
 from ..files import check_writable, fitting_name, temporary_folder, write_atomically
 from ..lightning_model import AprilGAN
+from ..plugin import register
 from ..results.file_names import marked
 from ..results.outputs import Outputs
 from ..results.report import REPORT
@@ -53,7 +53,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     list_references(given.images, "images")
     model = _of_checkpoint(given, parser) if given.ckpt_path is not None else model_of(given, parser)
     folder = _new_folder(given.out)
-    import_module("..plugin", __package__).register()
+    register()
     _write_to(model, folder)
     with temporary_folder(folder) as scratch, _quiet():
         progress = RichProgressBar(console_kwargs={"stderr": True})  # what is printed may be read by a program

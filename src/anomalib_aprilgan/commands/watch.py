@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import time
-from importlib import import_module
 from threading import Event
 
 import torch
 
+from ..plugin import register
 from ..preparation import SETTING_UP
 from ..watching import FolderWatch
 from .loading import load_for_inspection
@@ -22,7 +22,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Watch a folder until a signal comes; the code is 1 where that was asked for and not every image is good."""
     if not 0.0 < given.interval < 1e6:
         parser.error(f"--interval must be seconds above 0, got {given.interval}.")
-    import_module("..plugin", __package__).register()
+    register()
     model = load_for_inspection(given.ckpt_path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with SETTING_UP:

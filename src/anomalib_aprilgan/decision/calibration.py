@@ -118,7 +118,6 @@ class Calibration:
         tiles: Callable[[Tensor], int],
         score: Score,
         augment: Callable[[Tensor], Tensor] = lambda image: image,
-        *,
         in_place: bool = False,
     ) -> Thresholds:
         """Score these normal images and cut at the requested share.

@@ -118,7 +118,7 @@ def _thresholds(
     post_processor.of_class(row).set_defaults(place.network.map_limit)  # the bounds that scores are fused with
     within, tiles = partial(_looked_at, place, row), lambda image: len(tiles_of(place, image))
     has_roi = place.network.roi is not None and place.network.roi.inside(row) is not None
-    found = calibration.thresholds(files, tiles, score, within, in_place=has_roi)
+    found = calibration.thresholds(files, tiles, score, within, has_roi)
     if scores:
         post_processor.of_class(row).set_good_parts(torch.cat(scores), torch.cat(appearances))
     return found
