@@ -210,6 +210,7 @@ class TestHelp:
         assert output.splitlines()[-1] == "[]"
 
 
+@pytest.mark.thorough
 def test_the_public_names_are_there_also_for_the_command() -> None:
     script = (
         "import _anomalib_aprilgan_startup as startup\nstartup.is_command = True\n"

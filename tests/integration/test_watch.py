@@ -269,6 +269,7 @@ class TestCommand:
                 main([*words, "--out", str(tmp_path / "out"), *wrong])
             assert ended.value.code == 2
 
+    @pytest.mark.thorough
     def test_it_stops_when_it_is_asked_to(self, checkpoint: Path, tmp_path: Path) -> None:
         drop(tmp_path / "in", "a.png")
         words = [str(COMMAND), "watch", str(tmp_path / "in"), "--ckpt_path", str(checkpoint), "--interval", "0.1"]
