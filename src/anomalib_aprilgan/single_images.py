@@ -33,6 +33,7 @@ def inspect_images(
     ready = torch.cat(given if tiled else [prepared(model.pre_processor, image) for image in given])
     batch: Any = ImageBatch(image=ready, image_path=list(paths))
     names = [class_name] * len(images) if class_name is not None else classes_of_files(model.classes, paths, None, root)
+    vars(batch)["image_sizes"] = [(image.shape[-2], image.shape[-1]) for image in images]  # the files may be gone
     if len(model.classes) > 1:
         vars(batch)["class_name"] = names
     model.predict_step(batch)

@@ -18,6 +18,7 @@ from anomalib.data import ImageBatch
 from anomalib.data.utils.image import is_image_file
 from filelock import FileLock, Timeout
 
+from .checks import check_choice, check_int
 from .csv_text import as_csv, read_csv, safe_path, whole_records
 from .data.reading import UnreadableImageError, load_image
 from .files import check_writable, is_drawing, unwritable_named, write_atomically
@@ -95,6 +96,8 @@ class FolderWatch:
         batch_size: int = 8,
         patience: float = 10.0,
     ) -> None:
+        check_choice("keep", keep, ("anomalous", "all", "none"))
+        check_int("min_area", min_area, 0, hint=" pixels")
         _check(folder, out, batch_size, patience)
         self.model, self.folder, self.out, self.class_name = model, folder, out, class_name
         self.keep, self.min_area, self.batch_size, self.patience = keep, min_area, batch_size, patience
@@ -110,9 +113,12 @@ class FolderWatch:
             raise OSError(msg) from None
         self._writer, self._visualizer = DecisionsWriter(), AprilGANVisualizer()
         self._before: dict[Version, float] = {}  # versions that wait, and since when
-        self._done = self._recover()
-        names = model.classes.names
-        write_thresholds(out / THRESHOLDS, model.post_processor, names)
+        try:
+            self._done = self._recover()
+            write_thresholds(out / THRESHOLDS, model.post_processor, model.classes.names)
+        except BaseException:
+            self.lock.release()
+            raise
 
     def look(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Inspect what is ready, until ``should_stop`` says so; whether something that is there still waits."""

@@ -108,6 +108,7 @@ def test_several_classes_by_folder(words: list[str], tmp_path: Path) -> None:
         (["parts", "--config", "list.yaml"], "must have `model` with `class_path` and `init_args`"),
         (["parts", "--ckpt_path", "gone.ckpt"], "no checkpoint file gone.ckpt"),
         (["parts", "--ckpt_path", "x.ckpt", "--roi", "[0,0,5,5]"], "leave out --roi"),
+        (["parts", "--ckpt_path", "x.ckpt", "--class_name", "nut", "bolt"], "leave out --class_name"),
         (["parts", "--out", "file"], "cannot be written"),
     ],
 )
@@ -124,6 +125,7 @@ def test_bad_use_ends_with_code_2_and_a_reason(
     assert ended.value.code == 2
     assert text in capsys.readouterr().err
     assert not list(tmp_path.rglob("decisions.csv"))
+    assert not list(tmp_path.glob("results/inspect/*"))
 
 
 def test_marks_of_a_report_are_accepted_and_rejected(

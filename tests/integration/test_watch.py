@@ -227,6 +227,8 @@ class TestFiles:
             FolderWatch(model, tmp_path / "in", tmp_path / "out")
         with pytest.raises(ValueError, match="lies in the watched folder"):
             FolderWatch(model, tmp_path / "in", tmp_path / "in" / "results")
+        with pytest.raises(ValueError, match="`keep` must be one of anomalous, all, none"):
+            FolderWatch(model, tmp_path / "in", tmp_path / "other", keep="some")
         with pytest.raises(ValueError, match="is no folder"):
             FolderWatch(model, tmp_path / "gone", tmp_path / "other")
         (tmp_path / "file").write_text("x")

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shlex
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,11 +56,12 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     folder = _new_folder(given.out)
     register()
     _write_to(model, folder)
-    with temporary_folder(folder) as scratch, _quiet():
-        progress = RichProgressBar(console_kwargs={"stderr": True})  # what is printed may be read by a program
-        engine = Engine(default_root_dir=scratch, logger=False, devices=1, callbacks=[progress])
-        engine.predict(model, data_path=given.images, return_predictions=False)
-        engine.trainer.save_checkpoint(folder / CHECKPOINT)
+    try:
+        _predict(model, given.images, folder)
+    except BaseException:
+        if not (folder / DECISIONS).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was found out
+        raise
     images = RunFiles.read(folder).images
     _draw_roi(model, folder, images)
     if given.json:
@@ -67,6 +69,15 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     else:
         _print_summary(images, model, folder)
     return int(given.fail_on_anomaly and any(one.decision != "good" for one in images))
+
+
+def _predict(model: AprilGAN, images: Path, folder: Path) -> None:
+    """Inspect with anomalib's Engine, and write the checkpoint."""
+    with temporary_folder(folder) as scratch, _quiet():
+        progress = RichProgressBar(console_kwargs={"stderr": True})  # what is printed may be read by a program
+        engine = Engine(default_root_dir=scratch, logger=False, devices=1, callbacks=[progress])
+        engine.predict(model, data_path=images, return_predictions=False)
+        engine.trainer.save_checkpoint(folder / CHECKPOINT)
 
 
 @contextmanager
@@ -114,7 +125,7 @@ def model_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Apri
 
 def _of_checkpoint(given: argparse.Namespace, parser: argparse.ArgumentParser) -> AprilGAN:
     """The model of a checkpoint, which has all arguments of the model."""
-    others = [f"--{name}" for name in (*_OPTIONS, "class_name", "config") if getattr(given, name) not in {None, 0}]
+    others = [f"--{name}" for name in (*_OPTIONS, "class_name", "config") if getattr(given, name) is not None]
     others = [name for name in others if name != "--min_area"] + given.rest
     if others:
         parser.error(f"--ckpt_path has all arguments of the model: leave out {', '.join(others)}.")

@@ -167,7 +167,10 @@ def regions_of(batch: ImageBatch, min_area: int = 0) -> Sequence[Regions]:
 
 
 def sizes_of(batch: ImageBatch) -> list[tuple[int, int]]:
-    """Height and width of the image files of a batch; of the map where there is no file."""
+    """Height and width of the image files of a batch: as it knows them, else as they are; of the map without a file."""
+    known: list[tuple[int, int]] | None = getattr(batch, "image_sizes", None)
+    if known is not None:
+        return known
     if batch.anomaly_map is None:
         msg = "The batch has no maps, which regions are cut out of."
         raise ValueError(msg)
