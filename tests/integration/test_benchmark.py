@@ -635,6 +635,18 @@ def test_cells_in_parallel_equal_one_after_the_other(configure: Configure) -> No
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+@pytest.mark.parametrize(
+    ("given", "shared"),
+    [({}, True), ({"roi": [0, 0, 50, 50]}, False), ({"outputs": ["regions"]}, False), ({"outputs": []}, True)],
+)
+def test_what_one_pass_cannot_serve_is_run_one_by_one(
+    drawn: dict[str, Any], given: dict[str, Any], shared: bool
+) -> None:
+    ours = OURS | {"init_args": OURS["init_args"] | given}
+    plan = plan_of(model={"AprilGAN": ours}, data=drawn, k_shot=[0, 1])
+    assert [entry.is_shared(data) for entry, data, _ in plan.groups("cpu")] == [shared]
+
+
 def test_training_as_the_config_says(
     configure: Configure, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

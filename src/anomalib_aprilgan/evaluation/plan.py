@@ -91,7 +91,7 @@ class ModelEntry:
         whole, few_shot = given.get("tile_size") is None, given.get("few_shot", "memory_bank") == "memory_bank"
         plain = not any(isinstance(value, dict) and "class_path" in value for value in given.values())
         plain = plain and not any(given.get(name, usual) != usual for name, usual in _OF_REFERENCES.items())
-        plain = plain and not given.get("batch_zero_shot")
+        plain = plain and not any(given.get(name) for name in ("batch_zero_shot", "roi", "outputs"))
         return issubclass(self.model, AprilGAN) and whole and few_shot and plain and not data.is_of_many_classes
 
     def build(self, cell: Cell, data: DataEntry) -> AnomalibModule:
