@@ -289,6 +289,28 @@ class TestPage:
         assert page.inner_text("#page") == "21 of 21"
         page.wait_for_selector(".card .missing")
 
+    def test_a_run_without_images_or_with_none_that_could_be_read(
+        self, tmp_path: Path, opened: Callable[..., Page]
+    ) -> None:
+        page = opened(write_report(tmp_path / "empty", RunFiles([])))
+        assert count(page, "images") == 0
+        assert page.inner_text("#shown") == "0 of 0 images"
+        images = [
+            InspectedImage("gone.png", decision="unreadable"),
+            InspectedImage("nan.png", "nut", float("nan"), "undecided"),
+        ]
+        page = opened(write_report(tmp_path / "none", RunFiles(images)))
+        assert {name: count(page, name) for name in ("good", "anomalous", "undecided", "unreadable")} == {
+            "good": 0,
+            "anomalous": 0,
+            "undecided": 1,
+            "unreadable": 1,
+        }
+        page.check("#look")
+        assert page.inner_text("#shown") == "2 of 2 images"
+        page.locator(".card").first.click()
+        assert "cannot be read" in page.inner_text("#large-view") or "gone" in page.inner_text("#large-view")
+
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [360, 1280])
     def test_text_can_be_read_and_nothing_is_wider_than_the_screen(
