@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -118,6 +117,9 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
             every class, drawn where there are more, 64 where ``k_shot`` is 0.
         lowest_share: Share of unlabelled references whose distances, the lowest, count, in (0, 1].
         contamination: Share of unlabelled references that may be defective, in [0, 0.5], which thresholds allow for.
+        kept_features: Folder in which CLIP's output of the images of a training is kept, so that each goes through CLIP
+            once and not in every epoch. The room that it takes is said and checked at the start. In vain where
+            augmentations are random.
         roi: Region of interest, in pixels of the images: a mask image (bright is inside), a box ``[left, top, right,
             bottom]`` or a list of polygons ``[[x, y], ...]``; for several classes a mapping from their names to such.
             What lies outside, and about two pixels of ``image_size`` along the border, changes nothing. Not for
@@ -173,6 +175,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         batch_zero_shot: bool = False,
         lowest_share: float = 0.3,
         contamination: float = 0.3,
+        kept_features: str | None = None,
         roi: dict[str, Any] | list[Any] | str | None = None,
         outputs: list[str] | None = None,
         min_area: int = 0,
@@ -186,6 +189,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         adapters = adapters_of(adapters)
         memory_backbone = optional_source("memory_backbone", memory_backbone)
         memory_pretrained = optional_source("memory_pretrained", memory_pretrained)
+        kept_features = optional_source("kept_features", kept_features)
         if memory_image_size is not None:
             memory_image_size = height_and_width(memory_image_size, "memory_image_size")
         if aspect_ratio is None or not isinstance(image_size, int):
@@ -205,6 +209,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
             words_by_name(class_name), default_class, class_aliases, PromptEnsemble.of(prompts), memory.shots(k_shot),
             references, seed, few_shot, score_fusion, tile_size, tile_overlap, smoothing_sigma, neighbourhood,
             top_share, calibration, false_positive_rate, temperature, tower, memory_pretrained, memory, roi,
+            kept_features,
         )  # fmt: skip
         super().__init__(
             build_pre_processor(settings, pre_processor),
@@ -216,14 +221,6 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         self.own_fusion = ScoreFusion(score_fusion, top_share)  # where the post-processor is another's
         self.reading_hooks, self.table, self.metric_inputs = ReadingHooks(), DecisionsWriter(), MetricInputs()
         self.saw_defect, self._data = False, DataAtHand()
-
-    @property
-    def learning_type(self) -> LearningType:
-        """ONE_CLASS for fresh adapters, which ``fit`` trains, and trains on; else ZERO_SHOT or FEW_SHOT."""
-        if self.settings.adapters is None:
-            return LearningType.ONE_CLASS
-        has_references = self.settings.k_shot and not self.settings.remembering.batch_zero_shot
-        return LearningType.FEW_SHOT if has_references else LearningType.ZERO_SHOT
 
     def setup(self, stage: str) -> None:
         """Load CLIP; without a trainer, ``setup("predict")`` makes the model ready to be called.
@@ -324,7 +321,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         rows = self.rows_of(batch)
         if self.model.roi is not None and not is_fitting(self):
             look_within(self.model.roi, batch, rows, check_files=self.settings.tile_size is None)
-        raw = self.predict(plain_images(batch), rows, is_prepared=True)
+        raw = self.predict(plain_images(batch), rows, output=self.kept_output(batch), is_prepared=True)
         mask = training.known_mask(batch) if is_fitting(self) else None
         if mask is not None:
             loss = partial_adapter_loss(raw.stage_probabilities, mask)

@@ -59,6 +59,7 @@ class Settings:
     memory_pretrained: str | None
     remembering: Remembering
     roi: PlainRoi | None = None
+    kept_features: str | None = None
 
     def __post_init__(self) -> None:
         """Raise if arguments are out of range or do not go together."""

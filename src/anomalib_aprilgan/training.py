@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -12,11 +15,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from .clip.backbone import VisionOutput
+from .data.listing import entries
 from .decision.post_processing import AprilGANPostProcessor
+from .kept_features import KeptFeatures
 from .network.losses import partial_adapter_loss
 from .network.model import AprilGANModel
 from .preparation.workplace import Made
 from .provenance import Provenance
+from .recipe import Recipe
 from .running import all_gather_object, datamodule_of, plain_images, precision_of
 from .settings import Settings
 
@@ -28,6 +35,15 @@ class Training:
     made: Made
     model: AprilGANModel
     saw_defect: bool
+    kept: KeptFeatures | None = None
+
+    @property
+    def learning_type(self) -> LearningType:
+        """ONE_CLASS for fresh adapters, which ``fit`` trains, and trains on; else ZERO_SHOT or FEW_SHOT."""
+        if self.settings.adapters is None:
+            return LearningType.ONE_CLASS
+        has_references = self.settings.k_shot and not self.settings.remembering.batch_zero_shot
+        return LearningType.FEW_SHOT if has_references else LearningType.ZERO_SHOT
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The paper's optimizer: Adam, learning rate 1e-3, betas 0.5 and 0.999, no schedule."""
@@ -41,12 +57,35 @@ class Training:
         self.saw_defect = bool(has_defects(datamodule_of(module)))  # else the first epoch will tell
         note(self.made, self.model, datamodule_of(module))
 
+    def on_train_start(self) -> None:
+        """Make room for what CLIP makes of the images, where that is to be kept; an OSError where there is none."""
+        module: Any = self
+        if self.settings.kept_features is not None:
+            trainer = module.trainer
+            loaders = entries([trainer.train_dataloader, trainer.val_dataloaders])
+            images = sum(len(data) for loader in loaders if (data := getattr(loader, "dataset", None)) is not None)
+            module.reading_hooks.at_end(trainer, self._let_go)
+            ranks = [trainer.global_rank, trainer.world_size]
+            self.kept = keep_features(
+                Path(self.settings.kept_features), self.model, precision_of(module)[0], ranks, images
+            )
+
+    def _let_go(self) -> None:
+        kept, self.kept = self.kept, None
+        if kept is not None:
+            kept.close()
+
+    def kept_output(self, batch: ImageBatch) -> VisionOutput | None:
+        """What CLIP makes of the images of a batch, where that is kept while adapters are trained."""
+        return None if self.kept is None else self.kept.output_of(plain_images(batch), self.model.encode)
+
     def training_step(self, batch: ImageBatch) -> Tensor:
         """Focal and dice loss of the adapters on a batch with masks; where there are none, that of the labels."""
         module: Any = self
         mask = mask_of(batch)
         self.saw_defect, self.made.has_trained = self.saw_defect or bool(mask.any()), True
-        probabilities = self.model.stage_probabilities(plain_images(batch), module.rows_of(batch))
+        output = self.kept_output(batch)
+        probabilities = self.model.stage_probabilities(plain_images(batch), module.rows_of(batch), output)
         loss = partial_adapter_loss(probabilities, mask)
         module.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.batch_size)
         return loss
@@ -57,6 +96,24 @@ class Training:
         self.saw_defect = any(all_gather_object(self.saw_defect))
         if not self.saw_defect:
             raise_without_defects(datamodule_of(module))
+
+
+def keep_features(
+    folder: Path, network: AprilGANModel, precision: str, ranks: Sequence[int], images: int
+) -> KeptFeatures:
+    """Room for what CLIP makes of so many images, in files of each process."""
+    architecture, stages = network.backbone.architecture, network.tapped
+    shapes = architecture.shapes_of(stages)
+    recipe = Recipe.of(
+        clip=network.backbone.digest,
+        quick_gelu=architecture.quick_gelu,
+        image_size=architecture.image_size,
+        stages=stages,
+        precision=precision,
+        ranks=ranks,
+    )
+    widths = [(shape.grid[0] * shape.grid[1], shape.width) for shape in shapes]
+    return KeptFeatures(folder, recipe, widths, stages, architecture.embed_dim, images)
 
 
 def check(settings: Settings, datamodule: AnomalibDataModule | None) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     ("clip",),
     ("network", "data", "decision", "metrics"),
     ("remembering",),
-    ("settings", "provenance", "migration", "exporting"),
+    ("settings", "provenance", "migration", "exporting", "kept_features"),
     (
         *("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "growing"),
         *("results", "reporting"),

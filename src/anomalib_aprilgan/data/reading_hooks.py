@@ -70,6 +70,10 @@ class ReadingHooks(Callback):
                 if isinstance(callback, Visualizer) and hasattr(callback, "max_side"):
                     undo.enter_context(keep_for_display(callback.max_side))
 
+    def at_end(self, trainer: Trainer, call: Callable[[], object]) -> None:
+        """Have something called when the run of a trainer ends, also by an exception."""
+        self._undo.setdefault(trainer, ExitStack()).callback(call)
+
     def restore(self, trainer: Trainer) -> None:
         """Put back what ``install`` has changed for a trainer."""
         self._undo.pop(trainer, ExitStack()).close()

@@ -194,17 +194,23 @@ class AprilGANModel(nn.Module):
             appearance = torch.cat([F.normalize(image_feature, dim=-1), mean_colour(images)], dim=1)
         return RawPredictions(score, anomaly_map, probabilities, appearance)
 
-    def stage_probabilities(self, images: Tensor, rows: Tensor | None = None) -> list[Tensor]:
+    def stage_probabilities(
+        self, images: Tensor, rows: Tensor | None = None, output: VisionOutput | None = None
+    ) -> list[Tensor]:
         """Probability maps ``(B, 2, H, W)`` of every stage, with gradients for the adapters; see ``predict``."""
-        output = self.encode(images)
+        output = self.encode(images) if output is None else output
         with full_precision(images):
             return self._stage_probabilities(images, output, self._text_features_of(rows))
+
+    @property
+    def tapped(self) -> list[int]:
+        """The stages of the tower that anyone needs, ascending."""
+        return sorted({*self.stages, *(() if self.few_shot is None else self.few_shot.stages)})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> VisionOutput:
         """One pass of the frozen tower over all stages that anyone needs."""
-        remembered = () if self.few_shot is None else self.few_shot.stages
-        output: VisionOutput = self.backbone(images, sorted({*self.stages, *remembered}))
+        output: VisionOutput = self.backbone(images, self.tapped)
         return output
 
     def _stage_probabilities(self, images: Tensor, output: VisionOutput, text_features: Tensor) -> list[Tensor]:
