@@ -33,6 +33,7 @@ def everything(without_cache: None) -> list[Backbone]:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(900)  # some 150 architectures are built
 class TestEverything:
     def test_every_tower_is_tapped(self, everything: list[Backbone]) -> None:
         assert [one.name for one in everything] == library.model_names()

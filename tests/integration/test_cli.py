@@ -137,6 +137,7 @@ def test_predict_takes_a_plain_folder(
     }
 
 
+@pytest.mark.thorough
 def test_export_writes_the_model(
     anomalib: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_arguments: list[str]
 ) -> None:

@@ -87,7 +87,8 @@ def test_without_a_region_the_same_defect_counts(april_gan: Build, tmp_path: Pat
     assert scores[0] != scores[1]
 
 
-@pytest.mark.parametrize("k_shot", [pytest.param(0, marks=pytest.mark.thorough), 2])
+@pytest.mark.thorough
+@pytest.mark.parametrize("k_shot", [0, 2])
 def test_exports_hold_the_region(april_gan: Build, tmp_path: Path, k_shot: int) -> None:
     source, box = good("bottle"), roi_of(good("bottle"))
     references = {"k_shot": k_shot, "references": str(source)} if k_shot else {}

@@ -197,10 +197,8 @@ BANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=pytest.mark.thorough if kind in {"coreset", "half precision"} else ()) for kind in BANKS],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", BANKS)
 def test_exports_agree_with_torch(april_gan: Build, kind: str, tmp_path: Path) -> None:
     model = april_gan(class_name="bottle", references=str(good("bottle")), **BANKS[kind])
     model.setup("predict")

@@ -55,12 +55,10 @@ def arguments(weights: Path) -> dict[str, Any]:
     return references | {"memory_backbone": SMALL, "memory_pretrained": str(weights)}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
-    [
-        "vit_small_patch14_dinov2.lvd142m",
-        pytest.param("vit_small_patch14_reg4_dinov2.lvd142m", marks=pytest.mark.thorough),
-    ],
+    ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"],
 )
 def test_distances_are_those_of_anomaly_dino(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = weights_of(name, tmp_path / "dino.safetensors")

@@ -217,6 +217,7 @@ def test_muon_goes_downhill():
     assert loss < 0.02 * target.square().mean()
 
 
+@pytest.mark.thorough
 def test_short_training_lowers_its_losses_and_is_repeatable(pictures, architecture):
     recipe = Recipe(steps=24, per_product=2, phases=((0.5, 32, 6), (1.0, 64, 3)))
     runs = []

@@ -31,6 +31,7 @@ def run(monitor: DriftMonitor, number: int, seed: int, shift: float = 0.0, light
     return [monitor.update(float(score), appearance) for score, appearance in zip(scores, seen, strict=True)]
 
 
+@pytest.mark.thorough
 def test_good_parts_raise_no_alarm() -> None:
     alarms = 0
     for seed in range(40):
