@@ -80,7 +80,7 @@ def _trained(
         prepare()
 
     vars(model)["on_train_start"] = start
-    quiet = {"logger": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
     Engine(default_root_dir=folder / "run", max_epochs=options.epochs, accelerator="cpu", devices=1, **quiet).fit(
         model, datamodule=data
     )
