@@ -40,7 +40,9 @@ def test_two_processes_are_as_one(small_clip: SmallClip, tmp_path: Path) -> None
             assert bank.numel() > 0
         assert first[number]["regions"] == alone["regions"]
         assert len(alone["regions"]) > 20
-        assert alone["regions"][-2:] == [[str(images), str(images)], ["True"]]
+        masks, maps = map(int, alone["regions"][-2])
+        assert masks == maps >= images  # those of both cases lie in one folder
+        assert alone["regions"][-1] == ["True"]
         for rank in (first[number], second[number]):
             assert rank["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
             for name in CATEGORIES:
