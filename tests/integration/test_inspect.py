@@ -128,6 +128,14 @@ def test_bad_use_ends_with_code_2_and_a_reason(
     assert not list(tmp_path.glob("results/inspect/*"))
 
 
+def test_an_error_leaves_a_folder_of_the_user_alone(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(TEST), "--class_name", "bottle", *words, "--roi", "[0,0,9999,5]", "--out", "mine"])
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "x"
+
+
 def test_marks_of_a_report_are_accepted_and_rejected(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,13 +53,13 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Inspect; the code is 1 where that was asked for and not every image is good."""
     list_references(given.images, "images")
     model = _of_checkpoint(given, parser) if given.ckpt_path is not None else model_of(given, parser)
-    folder = _new_folder(given.out)
+    folder, is_new = _folder_for_results(given.out)
     register()
     _write_to(model, folder)
     try:
         _predict(model, given.images, folder)
     except BaseException:
-        if not (folder / DECISIONS).exists():
+        if is_new and not (folder / DECISIONS).exists():
             shutil.rmtree(folder, ignore_errors=True)  # nothing was found out
         raise
     images = RunFiles.read(folder).images
@@ -173,15 +173,19 @@ def _number_of_references(references: References, class_name: object) -> int:
     return min(len(list_references(references_of_class(references, name, names))) for name in names)
 
 
-def _new_folder(out: Path | None) -> Path:
-    """The folder for the results; a ValueError where it holds others, an OSError where it cannot be written."""
+def _folder_for_results(out: Path | None) -> tuple[Path, bool]:
+    """The folder for the results, and whether it is made here.
+
+    A ValueError where it holds other results, an OSError where it cannot be written.
+    """
     if out is None:
         out = next(path for number in count(1) if not (path := _RESULTS / str(number)).exists())
     elif (out / DECISIONS).exists():
         msg = f"--out: {out} holds results already. Choose another folder; results are never overwritten."
         raise ValueError(msg)
+    is_new = not out.exists()
     check_writable(out)
-    return out
+    return out, is_new
 
 
 def _write_to(model: AprilGAN, folder: Path) -> None:
