@@ -142,7 +142,7 @@ def write_report(
 class _Copies:
     """Files with the copies of images, beside a page; of every page in a folder of its own, so that none is mixed."""
 
-    def __init__(self, folder: Path, is_beside: bool) -> None:  # of this file alone
+    def __init__(self, folder: Path, is_beside: bool) -> None:
         self.is_beside = is_beside
         self._parent = folder / PAGES
         self.name = f"{PAGES}/{secrets.token_hex(4)}" if is_beside else ""
