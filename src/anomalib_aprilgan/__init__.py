@@ -1,7 +1,8 @@
 """APRIL-GAN, zero-/few-shot anomaly detection with CLIP, as an anomalib model (arXiv:2305.17382).
 
-Importing the package makes ``AprilGAN`` and its datamodules known to anomalib. The command ``anomalib-aprilgan`` alone
-puts that off until it knows what to do: torch and anomalib's models take seconds.
+Importing the package makes ``AprilGAN`` and its datamodules known to anomalib. The command ``anomalib-aprilgan`` and
+``anomalib_aprilgan_runtime`` put that off until a model is asked for: torch and anomalib's models take seconds, or are
+not there.
 """
 
 import sys
@@ -27,5 +28,5 @@ def __getattr__(name: str) -> object:
     return globals()[name]
 
 
-if not getattr(sys.modules.get("_anomalib_aprilgan_startup"), "is_command", False):
+if not getattr(sys.modules.get("_anomalib_aprilgan_startup"), "is_light", False):
     __getattr__("AprilGAN")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .checks import check_list, check_text, shown
 
+# What a caller names classes by: one for all images, or one for each.
+Names = str | Sequence[str] | None
 _FIELDS = ("pred_score", "anomaly_map", "gt_label", "gt_mask")
 
 
@@ -57,12 +59,22 @@ class Classes:
         msg = f"`name` must be one of {', '.join(self.names)}, got {name!r}."
         raise ValueError(msg)
 
-    def rows_for(self, class_name: str | Sequence[str] | None, number: int, device: torch.device) -> Tensor:
+    def rows_for(
+        self,
+        class_name: Names,
+        number: int,
+        device: torch.device,
+        class_index: Tensor | None = None,
+    ) -> Tensor:
         """``(number,)`` rows for the class names that a caller gives: one for all images, or one for each.
 
+        The caller may give the rows instead.
+
         Raises:
-            ValueError: A name is unknown, their number is wrong, or none tells one of several classes.
+            ValueError: A name or row is unknown, their number is wrong, or none tells one of several classes.
         """
+        if class_index is not None:
+            return self._rows_given(class_name, number, device, class_index)
         if class_name is None:
             if len(self) > 1 and self.default is None:
                 msg = f"`class_name` is needed to choose among the classes {self.names}, got None."
@@ -75,6 +87,23 @@ class Classes:
                 raise ValueError(msg)
             rows = self.rows(names)
         return torch.tensor(rows, dtype=torch.long, device=device)
+
+    def _rows_given(
+        self,
+        class_name: object,
+        number: int,
+        device: torch.device,
+        class_index: Tensor,
+    ) -> Tensor:
+        given: Any = class_index.tolist() if isinstance(class_index, Tensor) else class_index
+        whole = isinstance(given, list) and all(type(row) is int and 0 <= row < len(self) for row in given)
+        if class_name is not None or not whole or len(given) != number:
+            msg = (
+                f"`class_index` must be {number} whole numbers from 0 to {len(self) - 1}, the rows of {self.names}, "
+                f"and `class_name` left out; got {shown(given)}."
+            )
+            raise ValueError(msg)
+        return torch.tensor(given, dtype=torch.long, device=device)
 
     def default_row(self) -> int:
         """Row of the default class, or of the only one; a ValueError where there is neither."""

@@ -37,6 +37,10 @@ _REJECT = (
     "Tell at which threshold defects that escaped would have been caught, and what share of the calibration's good "
     "parts it would flag. Nothing changes. With masks they are copied to where adapters can be trained on them."
 )
+_THRESHOLDS = (
+    "Print the bounds and thresholds of an exported model or a checkpoint, raw, or change some: an image is anomalous "
+    "where its raw score is above image_threshold. Nothing else of the file changes; --undo takes the last change back."
+)
 _BACKBONES = (
     "List the CLIPs of open_clip: what `backbone` and `pretrained` take, and what each costs. GFLOPs are those of "
     "one image through the vision tower, a multiplication with an addition counted as two. Nothing is downloaded."
@@ -85,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--title", default="", help="what was inspected")
     report.set_defaults(run="report:run")
     _add_growing(commands)
+    _add_thresholds(commands)
     commands.add_parser("benchmark", help="compare anomalib models in one table", add_help=False)
     listed = commands.add_parser("backbones", help="list the CLIPs that can be used", description=_BACKBONES)
     listed.add_argument("names", nargs="*", help="architectures of open_clip (default: all)")
@@ -153,6 +158,18 @@ def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_fail(parser: argparse.ArgumentParser) -> None:
     text = "end with code 1 unless every image is good"
     parser.add_argument("--fail-on-anomaly", "--fail_on_anomaly", action="store_true", help=text)
+
+
+def _add_thresholds(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "thresholds", help="read or change thresholds of an exported model", description=_THRESHOLDS, allow_abbrev=False
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help=".xml, .onnx, .pt or .ckpt file")
+    parser.add_argument("--set", nargs="+", metavar="NAME=NUMBER", help="such as image=0.62 pixel=1.1")
+    parser.add_argument("--class_name", help="class whose values are set or printed (default: the only one, all)")
+    parser.add_argument("--undo", action="store_true", help="take back what was set last")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run="thresholds:run")
 
 
 def _add_growing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from . import training
 from .building import build_network, build_post_processor, build_pre_processor, build_results
-from .classes import Classes, rows_of_batch, words_by_name
+from .classes import Classes, Names, rows_of_batch, words_by_name
 from .clip.backbone import VisionOutput
 from .clip.prompts import PromptEnsemble
 from .components import Components
@@ -26,6 +26,7 @@ from .data.reading_hooks import ReadingHooks
 from .data.roi import plain_roi
 from .decision.fusion import ScoreFusion
 from .decision.post_processing import AprilGANPostProcessor
+from .deployment.options import ExportOptions
 from .exporting import Exporting
 from .growing import Growing
 from .inspection import look_within, predict_images
@@ -38,14 +39,7 @@ from .results.metric_inputs import MetricInputs
 from .results.outputs import Outputs
 from .results.table import DecisionsWriter
 from .results.trainer import prepare_trainer
-from .running import (
-    datamodule_of,
-    is_fitting,
-    is_running,
-    plain_images,
-    precision_of,
-    running_loaders,
-)
+from .running import datamodule_of, is_fitting, is_running, plain_images, precision_of, running_loaders
 from .settings import (
     Settings,
     adapters_of,
@@ -127,6 +121,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         outputs: What a run writes beside decisions and drawings: some of ``regions``, ``coco``, ``masks``, ``maps``,
             ``report``.
         min_area: Regions of fewer pixels of the image file are left out.
+        export_options: What exports do: ``class_index``, ``images``, ``max_flips``; see ``deployment.ExportOptions``.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one; ``"anomalib"`` for the metrics of its other models.
@@ -179,6 +174,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         roi: dict[str, Any] | list[Any] | str | None = None,
         outputs: list[str] | None = None,
         min_area: int = 0,
+        export_options: dict[str, Any] | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool | Literal["anomalib"] = True,
@@ -198,6 +194,7 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         memory_stages = None if memory_stages is None else numbers_of("memory_stages", memory_stages)
         references, calibration = plain_paths(references), plain_paths(calibration, "calibration")
         roi, self.outputs = plain_roi(roi), Outputs(outputs, min_area)
+        self.export_options = ExportOptions.of(export_options)
         architecture = architecture_of(backbone, quick_gelu, image_size, aspect_ratio, tile_size)
         tapped = architecture.check_stages(stages)
         tower, remembered = memory_of(memory_backbone, memory_image_size, memory_stages, architecture, tapped)
@@ -234,9 +231,8 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         with SETTING_UP:
             attach_clip(self.settings, self.made, self.model, self.device)
         prepare_trainer(self.trainer)
-        self.reading_hooks.install(
-            self.trainer, stage, self.own_callbacks
-        )  # before Lightning starts the loaders' workers
+        # Before Lightning starts the loaders' workers.
+        self.reading_hooks.install(self.trainer, stage, self.own_callbacks)
 
     def on_validation_start(self) -> None:
         """Complete the set-up, with what a checkpoint may have brought; so at the start of tests and predictions."""
@@ -276,19 +272,25 @@ class AprilGAN(Components, Reporting, Training, Growing, Sharing, Exporting, Ano
         parts, few_shot = (self.settings, self.model, self.pre_processor), not is_fitting(self)
         return predict_images(*parts, images, rows, without, output, is_prepared=is_prepared, few_shot=few_shot)
 
-    def forward(self, batch: Tensor, class_name: str | Sequence[str] | None = None) -> InferenceBatch:
+    def forward(self, batch: Tensor, class_name: Names = None, class_index: Tensor | None = None) -> InferenceBatch:
         """Scores and labels ``(B,)``, maps and masks at the model's image size, of images as a camera gives them.
 
         Args:
             batch: ``(B, 3, H, W)``, float in ``[0, 1]``, any size.
             class_name: The class of all images, or of each; not needed for a model of one class.
+            class_index: Instead of it ``(B,)`` the row of each image's class in ``classes``.
         """
         rows = None
         if not torch.compiler.is_compiling():
             if not is_ready(self.settings, self.made, self.model):
-                self.make_ready("predict", is_named=class_name is not None, frame=(batch.shape[-2], batch.shape[-1]))
-            rows = self.made.classes.rows_for(class_name, len(batch), batch.device)
-        predictions = self._fused(self.predict(batch, rows), rows)
+                named = class_name is not None or class_index is not None
+                self.make_ready("predict", is_named=named, frame=(batch.shape[-2], batch.shape[-1]))
+            rows = self.made.classes.rows_for(class_name, len(batch), batch.device, class_index)
+        return self.decide(self.predict(batch, rows), rows)
+
+    def decide(self, raw: RawPredictions, rows: Tensor | None) -> InferenceBatch:
+        """Raw predictions as they leave the model: fused, scaled and cut by the post-processor, if there is one."""
+        predictions = self._fused(raw, rows)
         if isinstance(self.post_processor, AprilGANPostProcessor):
             predictions = self.post_processor(predictions, rows)
         elif self.post_processor:

@@ -20,8 +20,8 @@ from .decision.calibration import Calibration
 from .decision.fusion import FUSIONS, check_top_share
 from .network import SCORERS
 from .network.scoring import smoothing_radius
-from .network.tiling import check_tiles
 from .remembering import Remembering
+from .tile_layout import check_tiles
 
 # Longest side of the model's image: attention over all patches of a larger one fits into no memory.
 MAX_SIDE = 4096

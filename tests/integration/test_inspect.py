@@ -223,7 +223,7 @@ class TestHelp:
 @pytest.mark.thorough
 def test_the_public_names_are_there_also_for_the_command() -> None:
     script = (
-        "import _anomalib_aprilgan_startup as startup\nstartup.is_command = True\n"
+        "import _anomalib_aprilgan_startup as startup\nstartup.is_light = True\n"
         "import anomalib_aprilgan\nassert 'AprilGAN' not in vars(anomalib_aprilgan)\n"
         "print(anomalib_aprilgan.AprilGAN.__name__, anomalib_aprilgan.DrawnInspection.__name__)\n"
         "try:\n    anomalib_aprilgan.Nothing\nexcept AttributeError as error:\n    print(error)"

@@ -24,7 +24,8 @@ from anomalib_aprilgan.data.references import read_reference
 from anomalib_aprilgan.demo import built_in
 from anomalib_aprilgan.demo.drawing import TEXTURES, draw_twins
 from anomalib_aprilgan.demo.drawn_clip.pretrain import UNSEEN_CATEGORIES
-from anomalib_aprilgan.network.tiling import TiledMap, tile_positions
+from anomalib_aprilgan.network.tiling import TiledMap
+from anomalib_aprilgan.tile_layout import tile_positions
 
 from ..conftest import DATASET
 
@@ -141,8 +142,12 @@ def test_classes_are_told_apart_in_tiles_too(april_gan: Build) -> None:
 
 
 def test_what_is_refused(april_gan: Build, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"`tile_size` cannot be exported"):
-        april_gan(class_name="tile", tile_size=64).to_onnx(tmp_path)
+    with pytest.raises(RuntimeError, match=r"`tile_size` cannot be exported to torch"):
+        april_gan(class_name="tile", tile_size=64).to_torch(tmp_path)
+    cropped = april_gan(class_name="tile", tile_size=64, roi=[0, 0, 50, 50])
+    cropped.make_ready("predict", frame=(100, 100))
+    with pytest.raises(ValueError, match=r"`roi` cannot be exported with `tile_size`"):
+        cropped.to_onnx(tmp_path)
     data = AuxiliaryData("mvtec", DATASET, ["tile"], num_workers=0)
     with pytest.raises(RuntimeError, match=r"`tile_size` is for inspection"):
         engine(tmp_path, max_epochs=1).fit(april_gan(adapters=None, tile_size=64), datamodule=data)

@@ -10,14 +10,14 @@ import anomalib_aprilgan
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
 # Layers from the ground up: a room imports from its own layer and lower ones.
 LAYERS = [
-    ("checks", "classes", "config_files", "csv_text", "files", "recipe", "running"),
-    ("clip",),
+    ("checks", "classes", "config_files", "csv_text", "files", "recipe", "running", "tile_layout", "value_names"),
+    ("clip", "runtime"),
     ("network", "data", "decision", "metrics"),
     ("remembering",),
-    ("settings", "provenance", "migration", "exporting", "kept_features"),
+    ("settings", "provenance", "migration", "kept_features"),
     (
         *("building", "components", "inspection", "preparation", "checkpoint", "sharing", "training", "growing"),
-        *("results", "reporting"),
+        *("results", "reporting", "deployment", "exporting"),
     ),
     ("lightning_model",),
     ("plugin", "__init__", "demo", "evaluation", "single_images", "watching", "command", "commands"),

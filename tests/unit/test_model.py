@@ -199,7 +199,7 @@ class TestOneRowAlone:
         batch = images(2)
         model = build(classes=3, references=[images(2, seed=20 + number) for number in range(3)])
         expected = model.predict(batch, torch.tensor([1, 1]))
-        one = model.of_row(1)
+        one = model.of_rows([1])
         raw = one.predict(batch)
         torch.testing.assert_close(raw.anomaly_map, expected.anomaly_map)
         torch.testing.assert_close(raw.text_probability, expected.text_probability)
@@ -209,16 +209,16 @@ class TestOneRowAlone:
     def test_shares_tensors_and_leaves_the_whole_alone(self, build: Build) -> None:
         model = build((2,), classes=2, references=[images(1), images(1, seed=1)])
         before = {name: value.data_ptr() for name, value in model.state_dict().items()}
-        one = model.of_row(1)
+        one = model.of_rows([1])
         assert one.adapters is model.adapters
         assert scorer_of(one).features(0) is scorer_of(model).features(1)
-        assert one.text_features.data_ptr() == model.text_features[1].data_ptr()
+        assert torch.equal(one.text_features[0], model.text_features[1])
         assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
         assert model.backbone.text is not None
         assert len(scorer_of(model).remembered) == 2
 
     def test_zero_shot(self, build: Build) -> None:
-        assert build(classes=2).of_row(0).few_shot is None
+        assert build(classes=2).of_rows([0]).few_shot is None
 
 
 class TestOrderOfCalls:

@@ -67,7 +67,12 @@ class ScoreFusion(FullPrecision):
 
         ``rows`` ``(B,)`` is the class of each image, ``None`` where there is one class.
         """
-        low, high = (self.low, self.high) if rows is None else (self.low[rows], self.high[rows])
+        bounds = (self.low, self.high) if rows is None else (self.low[rows], self.high[rows])
+        return self.between(bounds, text_probability, statistic)
+
+    def between(self, bounds: tuple[Tensor, Tensor], text_probability: Tensor, statistic: Tensor) -> Tensor:
+        """Few-shot scores ``(B,)`` of a raw statistic ``(B,)`` between these bounds, ``(B,)`` or ``(1,)``."""
+        low, high = bounds
         span = torch.where(high == low, torch.ones_like(high), high - low)
         return FUSIONS[self.rule](text_probability, (statistic - low) / span)
 
@@ -77,7 +82,11 @@ class ScoreFusion(FullPrecision):
         high = [self.high.new_tensor(map_limit) if row is None else self.high[row] for row in kept]
         self.low, self.high = torch.stack(low), torch.stack(high)
 
-    def range(self, map_ceiling: float) -> tuple[Tensor, Tensor]:
-        """Lowest and highest score ``(N,)`` that a map in ``[0, map_ceiling]`` can lead to."""
-        zeros, ones = torch.zeros_like(self.low), torch.ones_like(self.low)
-        return self(zeros, zeros), self(ones, map_ceiling * ones)
+    def range(self, map_ceiling: float, bounds: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Lowest and highest score that a map in ``[0, map_ceiling]`` can lead to, for each of some bounds.
+
+        These are those of all classes where none are given.
+        """
+        bounds = (self.low, self.high) if bounds is None else bounds
+        zeros = torch.zeros_like(bounds[0])
+        return self.between(bounds, zeros, zeros), self.between(bounds, zeros + 1.0, zeros + map_ceiling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,11 +17,12 @@ from torch import Tensor
 from ..checks import check_bool, check_number, check_share
 from ..classes import Classes, images_of_row, rows_of
 from ..running import FullPrecision, align_metrics
+from ..value_names import BUFFERS
 from .fusion import ScoreFusion
 from .good_parts import GoodParts
 from .learning import RowLearner
 from .scale import Bounds, scaled
-from .values import BUFFERS, ClassValues
+from .values import ClassValues, value_table, values_of_images
 
 _MOST = 1e6  # that a map may reach: a few for each stage
 Level = Literal["image", "pixel"]
@@ -87,6 +88,8 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
             self.register_buffer(name, torch.zeros(1))
         self.register_buffer("fixed", torch.zeros(1, dtype=torch.bool))
         self.fixed: Tensor
+        self.register_buffer("table", None, persistent=False)
+        self.table: Tensor | None
         self._learners: defaultdict[int, RowLearner] = defaultdict(RowLearner)
         self.of_class(0).set_defaults(map_limit)
 
@@ -170,6 +173,12 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
     def _cuts(self, level: Level) -> Tensor:
         return 1.0 - torch.tensor(self.sensitivities(level), device=self.image_min.device)
 
+    def for_graph(self) -> AprilGANPostProcessor:
+        """The same post-processor for a graph: its bounds, thresholds and cuts are one constant, ``table``."""
+        one = copy.deepcopy(self)
+        one.table = value_table(self)
+        return one
+
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "fuse_map_maximum")
@@ -181,28 +190,26 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         missing score or map.
         """
         (text_probability, statistic), anomaly_map = self._parts_of(predictions), predictions.anomaly_map
-        several = len(self.fixed) > 1
-        if several and rows is None:
-            msg = f"`rows` are needed to choose among the classes {self.classes.names}, got None."
-            raise ValueError(msg)
-        rows = rows if several else None
         score, label = self.decide_scores(text_probability, statistic, rows)
         mask = None
         if anomaly_map is not None:
-            floor = torch.zeros_like(self.pixel_min)
-            ceiling = torch.full_like(floor, self.map_ceiling)
-            anomaly_map, mask = self._decide("pixel", anomaly_map, floor, ceiling, rows)
+            values = values_of_images(self, rows, anomaly_map.shape[0])
+            floor, ceiling = anomaly_map.new_zeros(1), anomaly_map.new_full((1,), self.map_ceiling)
+            anomaly_map, mask = self._decide("pixel", anomaly_map, floor, ceiling, values)
         return InferenceBatch(pred_score=score, pred_label=label, anomaly_map=anomaly_map, pred_mask=mask)
 
     def decide_scores(
         self, text_probability: Tensor, statistic: Tensor | None, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Scores ``(B,)`` as they leave here, fused where there is a map statistic ``(B,)``, and their labels."""
-        floor, ceiling = torch.zeros_like(self.image_min), torch.ones_like(self.image_min)
+        values = values_of_images(self, rows, text_probability.shape[0])
+        floor, ceiling = text_probability.new_zeros(1), text_probability.new_ones(1)
+        score = text_probability
         if statistic is not None:
-            floor, ceiling = self.fusion.range(self.map_ceiling)
-        score = self.fused(text_probability, statistic, rows)
-        return self._decide("image", score, floor, ceiling, rows if len(self.fixed) > 1 else None)
+            bounds = values["map_maximum_min"], values["map_maximum_max"]
+            floor, ceiling = self.fusion.range(self.map_ceiling, bounds)
+            score = self.fusion.between(bounds, text_probability, statistic)
+        return self._decide("image", score, floor, ceiling, values)
 
     def fused(self, text_probability: Tensor, statistic: Tensor | None, rows: Tensor | None) -> Tensor:
         """Raw scores ``(B,)``, which are cut at: fused where there is a map statistic ``(B,)``."""
@@ -222,17 +229,17 @@ class AprilGANPostProcessor(FullPrecision, PostProcessor):
         return score, self.fusion.statistic(anomaly_map)
 
     def _decide(
-        self, level: Level, values: Tensor, floor: Tensor, ceiling: Tensor, rows: Tensor | None
+        self, level: Level, values: Tensor, floor: Tensor, ceiling: Tensor, of_images: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Values as they leave here, and which of them are anomalous."""
+        """Values as they leave here, and which of them are anomalous; they may lie from floor to ceiling."""
 
-        def of_images(by_row: Tensor) -> Tensor:
-            return (by_row if rows is None else by_row[rows]).view(-1, *[1] * (values.ndim - 1))
+        def broadcast(values_of_images: Tensor) -> Tensor:
+            return values_of_images.view(-1, *[1] * (values.ndim - 1))
 
-        learned = [self.get_buffer(BUFFERS[f"{level}_{name}"]) for name in ("min", "threshold", "max")]
-        on_scale = scaled(values, Bounds(*map(of_images, (*learned, floor, ceiling))))
+        learned = [of_images[f"{level}_{name}"] for name in ("min", "threshold", "max")]
+        on_scale = scaled(values, Bounds(*map(broadcast, (*learned, floor, ceiling))))
         # Not "greater than": what is not a number must not pass for good.
-        decided = ~(on_scale <= of_images(self._cuts(level))) if self.enable_thresholding else None
+        decided = ~(on_scale <= broadcast(of_images[f"{level}_cut"])) if self.enable_thresholding else None
         return (on_scale if self.enable_normalization else values), decided
 
     def post_process_batch(self, batch: Any, rows: Tensor | None = None) -> None:  # noqa: ANN401  # anomalib's batch

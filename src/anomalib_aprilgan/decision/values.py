@@ -9,20 +9,37 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..value_names import BUFFERS, COLUMNS
+
 if TYPE_CHECKING:
     from .post_processing import AprilGANPostProcessor
 
-# By the name under which a user reads and sets it, the post-processor's buffer of each bound.
-BUFFERS = {
-    "image_min": "image_min",
-    "image_threshold": "_image_threshold",
-    "image_max": "image_max",
-    "pixel_min": "pixel_min",
-    "pixel_threshold": "_pixel_threshold",
-    "pixel_max": "pixel_max",
-    "map_maximum_min": "fusion.low",
-    "map_maximum_max": "fusion.high",
-}
+
+def value_table(post_processor: AprilGANPostProcessor) -> Tensor:
+    """The values of every class ``(N, 10)``, a column for each of ``COLUMNS``."""
+    device = post_processor.image_min.device
+    cuts = [1.0 - torch.tensor(post_processor.sensitivities(level), device=device) for level in ("image", "pixel")]
+    return torch.stack([*map(post_processor.get_buffer, BUFFERS.values()), *cuts], dim=1)
+
+
+def values_of_images(
+    post_processor: AprilGANPostProcessor, rows: Tensor | None, number: int | torch.SymInt
+) -> dict[str, Tensor]:
+    """By the names of ``COLUMNS``, ``(B,)`` for so many images; ``(1,)`` where all are of the one class.
+
+    ``rows`` ``(B,)`` is the class of each image. A ValueError where there are several classes and no rows.
+    """
+    table, several = post_processor.table, len(post_processor.fixed) > 1
+    if several and rows is None:
+        msg = f"`rows` are needed to choose among the classes {post_processor.classes.names}, got None."
+        raise ValueError(msg)
+    if table is None:
+        found = value_table(post_processor)
+        found = found[rows] if several else found
+    else:  # looked up even if there is one class: what follows from constants alone is folded in a graph
+        chosen = rows if several and rows is not None else torch.zeros(number, dtype=torch.long, device=table.device)
+        found = table.index_select(0, chosen)
+    return dict(zip(COLUMNS, found.unbind(dim=1), strict=True))
 
 
 class ClassValues:

@@ -177,20 +177,30 @@ class MemoryBank(FewShotScorer):
     def _compare_row(
         self, row: int, tokens: Sequence[Tensor], size: tuple[int, int], without: Collection[int]
     ) -> Comparison:
-        floats = [stage.float() for stage in tokens]
         banks = [kept_patches(stage, without) for stage in self.parts_of(row)]
+        accepted = [kept_patches(stage) for stage in self.accepted_parts_of(row)]
+        return self.compare_with(tokens, banks, accepted, size)
+
+    def compare_with(
+        self,
+        tokens: Sequence[Tensor],
+        references: Sequence[Sequence[Tensor]],
+        accepted: Sequence[Sequence[Tensor]],
+        size: tuple[int, int],
+    ) -> Comparison:
+        """Distance maps of tokens ``(B, L, C)`` of every stage to patches of references and of accepted parts, if any.
+
+        Patches are unit rows ``(N, C)``, or ``(B, N, C)`` for an image each, part by part.
+        """
+        floats = [stage.float() for stage in tokens]
         if self.options.lowest_share is not None:
-            return Comparison(self._map(unlabelled_distance(floats, banks, self.options.lowest_share), size))
-        references = [nearest_normal_distance(stage, bank) for stage, bank in zip(floats, banks, strict=True)]
-        features = self.accepted(row)
-        if not len(features):
-            return Comparison(self._map(references, size))
-        parts = [[Part(tokens, shot) for shot, tokens in enumerate(bank)] for bank in self.banks_of(features)]
-        accepted = [
-            nearest_normal_distance(stage, kept_patches(bank)) for stage, bank in zip(floats, parts, strict=True)
-        ]
-        nearest = [torch.minimum(*both) for both in zip(references, accepted, strict=True)]
-        return Comparison(*(self._map(distances, size) for distances in (nearest, references, accepted)))
+            return Comparison(self._map(unlabelled_distance(floats, references, self.options.lowest_share), size))
+        to_references = [nearest_normal_distance(stage, bank) for stage, bank in zip(floats, references, strict=True)]
+        if not accepted:
+            return Comparison(self._map(to_references, size))
+        to_accepted = [nearest_normal_distance(stage, bank) for stage, bank in zip(floats, accepted, strict=True)]
+        nearest = [torch.minimum(*both) for both in zip(to_references, to_accepted, strict=True)]
+        return Comparison(*(self._map(distances, size) for distances in (nearest, to_references, to_accepted)))
 
     def _map(self, distances: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Distances ``(B, L)`` of every stage as one map, their sum."""
@@ -198,6 +208,12 @@ class MemoryBank(FewShotScorer):
             distance_map(of_stage, shape.grid, size) for of_stage, shape in zip(distances, self.shapes, strict=True)
         ]
         return torch.stack(maps).sum(dim=0)
+
+    def accepted_parts_of(self, row: int) -> list[list[Part]]:
+        """The accepted parts of a class, part by part for every stage; nothing where there are none."""
+        features = self.accepted(row)
+        banks = self.banks_of(features) if len(features) else []
+        return [[Part(tokens, shot) for shot, tokens in enumerate(bank)] for bank in banks]
 
     def parts_of(self, row: int) -> list[list[Part]]:
         """What is remembered of the references, part by part for every stage; a RuntimeError if nothing is."""

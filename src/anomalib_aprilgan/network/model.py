@@ -15,7 +15,7 @@ from ..clip.backbone import ClipBackbone, VisionOutput
 from ..running import full_precision
 from .adapters import LinearAdapters
 from .few_shot import FewShotScorer
-from .roi import RegionsOfInterest, within
+from .roi import RegionsOfInterest, StackedRegions, within
 from .scoring import (
     TEMPERATURE,
     accepted_share,
@@ -25,6 +25,7 @@ from .scoring import (
     text_probability,
     text_probability_maps,
 )
+from .stacked_bank import for_graph
 
 
 class RawPredictions(NamedTuple):
@@ -123,22 +124,30 @@ class AprilGANModel(nn.Module):
             if part is not None:
                 part.set_rows(kept)
 
-    def of_row(self, row: int) -> AprilGANModel:
-        """A network of one class alone, which shares tensors with this one and has no text tower.
+    def of_rows(self, rows: Sequence[int]) -> AprilGANModel:
+        """A network of some of the classes, which shares tensors with this one and has no text tower.
 
-        Its region of interest is for images of any size.
+        Its regions of interest are for images of any size.
         """
         few_shot = copy.copy(self.few_shot)
         roi = None if self.roi is None else self.roi.without_frames()
-        one = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature, roi)
-        one.text_features = self.text_features[row, None]
-        one.attach_backbone(self.backbone.without_text())
-        if one.few_shot is not None:
-            one.few_shot._modules = dict(one.few_shot._modules)  # noqa: SLF001  # a shallow copy shares them
-            one.few_shot.set_rows([row])
-        if one.roi is not None:
-            one.roi.set_rows([row])
-        return one.train(self.training)
+        some = AprilGANModel(self.adapters, self.stages, few_shot, self.smoothing_sigma, self._temperature, roi)
+        some.text_features = self.text_features[list(rows)]
+        some.attach_backbone(self.backbone.without_text())
+        if some.few_shot is not None:
+            some.few_shot._modules = dict(some.few_shot._modules)  # noqa: SLF001  # a shallow copy shares them
+            some.few_shot.set_rows(list(rows))
+        if some.roi is not None:
+            some.roi.set_rows(list(rows))
+        return some.train(self.training)
+
+    def for_graph(self) -> AprilGANModel:
+        """The same network, where there are several classes made to choose among them by rows within a graph."""
+        twin = self.of_rows(range(len(self.text_features)))
+        twin.few_shot = None if twin.few_shot is None else for_graph(twin.few_shot)
+        if twin.roi is not None and len(self.text_features) > 1:
+            twin.roi = StackedRegions(twin.roi, self.backbone.architecture.image_size)
+        return twin
 
     def forward(self, images: Tensor, rows: Tensor | None = None) -> InferenceBatch:
         """Text probability as ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, H, W)``, see ``predict``."""
@@ -232,4 +241,4 @@ class AprilGANModel(nn.Module):
         if rows is None:
             msg = f"`rows` are needed to choose among {number} classes, got None."
             raise ValueError(msg)
-        return self.text_features[rows].float()
+        return self.text_features.index_select(0, rows).float()

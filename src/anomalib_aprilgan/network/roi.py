@@ -80,6 +80,21 @@ class RegionsOfInterest(nn.Module):
         return torch.stack([whole if mask is None else mask for mask in found])
 
 
+class StackedRegions(RegionsOfInterest):
+    """The regions of several classes at the size of their maps (height, width), of which a graph chooses by row."""
+
+    def __init__(self, regions: RegionsOfInterest, size: tuple[int, int]) -> None:
+        number = len(regions.of_class)
+        super().__init__(number)
+        self.register_buffer("stack", regions.masks(torch.arange(number), size))
+        self.stack: Tensor | None
+
+    def masks(self, rows: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+        """See the base class."""
+        del size
+        return self.stack if rows is None or self.stack is None else self.stack.index_select(0, rows)
+
+
 def within(values: Tensor, masks: Tensor | None) -> Tensor:
     """Maps ``(B, h, w)``, or normalised images ``(B, 3, h, w)``, with 0 where the masks ``(B, h, w)`` are false.
 

@@ -44,13 +44,14 @@ def nearest_normal_distance(patch_tokens: Tensor, bank: Iterable[Tensor]) -> Ten
     """Distance ``(B, L)`` of every patch ``(B, L, C)`` to the most similar remembered normal patch.
 
     One minus the cosine similarity: 0 is "seen before", 2 is "opposite". A bank with more shots can lower a distance,
-    never raise it (arXiv:2305.17382, sec. 2.2). Its parts ``(N, C)``, unit rows, are visited one by one, so that memory
-    grows with the largest part and not with their sum. An empty bank gives a RuntimeError.
+    never raise it (arXiv:2305.17382, sec. 2.2). Its parts have unit rows, ``(N, C)``, or ``(B, N, C)`` for an image
+    each. They are visited one by one, so that memory grows with the largest part and not with their sum. An empty bank
+    gives a RuntimeError.
     """
     patches = F.normalize(patch_tokens, dim=-1)
     nearest: Tensor | None = None
     for part in bank:
-        similarity = (patches @ part.T).amax(dim=-1)
+        similarity = (patches @ part.mT).amax(dim=-1)
         nearest = similarity if nearest is None else torch.maximum(nearest, similarity)
     if nearest is None:
         msg = "The memory bank is empty: fill it with `MemoryBank.fill` before asking for distances."
@@ -70,7 +71,8 @@ def unlabelled_distance(
 
     Args:
         tokens: Patches ``(B, L, C)`` of every stage.
-        banks: For every stage the unit rows ``(N, C)`` of each of ``K`` references.
+        banks: For every stage the unit rows of each of ``K`` references: ``(N, C)``, or ``(B, N, C)`` for an image
+            each.
         lowest_share: In ``(0, 1]``.
 
     Returns:

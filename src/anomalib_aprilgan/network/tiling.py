@@ -6,13 +6,13 @@ which leaves seams, and the former pads the border with black; hence neither is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import product
-from math import ceil
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..tile_layout import axis_weights, check_positive, tile_positions
 
 # Tiles of a large image that go through CLIP together.
 _TILES_AT_ONCE = 4
@@ -33,8 +33,12 @@ class TiledMap:
         self.tile_shape = (min(tile_size, height), min(tile_size, width))
         self._missing = set(self.positions)
         self._map = torch.zeros(height, width, device=device)
-        self._rows = _axis_weights(height, self.tile_shape[0], sorted({top for top, _ in self.positions}), device)
-        self._columns = _axis_weights(width, self.tile_shape[1], sorted({left for _, left in self.positions}), device)
+        of_rows = axis_weights(height, self.tile_shape[0], sorted({top for top, _ in self.positions}))
+        of_columns = axis_weights(width, self.tile_shape[1], sorted({left for _, left in self.positions}))
+        self._rows, self._columns = (
+            {start: torch.from_numpy(weights).to(device) for start, weights in of_axis.items()}
+            for of_axis in (of_rows, of_columns)
+        )
 
     def add(self, tile_map: Tensor, top: int, left: int) -> None:
         """Blend in the map of a tile, resized to it, bilinear; a ValueError if there is none or it was added before."""
@@ -87,7 +91,7 @@ def run_tiled(
     if image.ndim != 3:
         msg = f"`image` must be (3, H, W), got {tuple(image.shape)}. Pass the images of a batch one by one."
         raise ValueError(msg)
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size)
     blended = TiledMap(image.shape[1], image.shape[2], tile_size, tile_overlap, image.device)
     height, width = blended.tile_shape
     highest = []
@@ -141,59 +145,3 @@ def predict_in_tiles(
     scores, maps = zip(*found, strict=True)
     # No copy of the map of a single large image.
     return torch.stack(scores), maps[0][None] if len(maps) == 1 else torch.stack(maps)
-
-
-def tile_positions(height: int, width: int, tile_size: int, tile_overlap: float) -> list[tuple[int, int]]:
-    """Top and left, in pixels, of every tile of an image, row by row.
-
-    The tiles are as few as give the overlap, evenly spread, flush with every border. Their side is ``tile_size``; a
-    neighbour covers at least ``tile_overlap`` of it. A smaller image is one tile, cut to it. Errors are as in
-    ``check_tiles``, also for the sides of the image.
-    """
-    check_tiles(tile_size, tile_overlap)
-    for name, length in (("height", height), ("width", width)):
-        _check_positive(name, length)
-    return list(product(_starts(height, tile_size, tile_overlap), _starts(width, tile_size, tile_overlap)))
-
-
-def blend_window(length: int) -> Tensor:
-    """Weights ``(length,)`` along a side of a tile, in ``(0, 1]``: a symmetric triangle, nowhere zero."""
-    centres = torch.arange(length) + 0.5
-    return torch.minimum(centres, length - centres) * 2.0 / length
-
-
-def check_tiles(tile_size: int, tile_overlap: float) -> None:
-    """Raise a TypeError or ValueError if `tile_size` is no int from 1 up, or `tile_overlap` not in ``[0, 1)``."""
-    _check_positive("tile_size", tile_size)
-    if isinstance(tile_overlap, bool) or not isinstance(tile_overlap, (int, float)):
-        msg = f"`tile_overlap` must be a number, got {tile_overlap!r}."
-        raise TypeError(msg)
-    if not 0.0 <= tile_overlap < 1.0:
-        msg = f"`tile_overlap` must be a share of the tile in [0, 1), such as 0.25, got {tile_overlap}."
-        raise ValueError(msg)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"`{name}` must be an int, got {value!r}."
-        raise TypeError(msg)
-    if value < 1:
-        msg = f"`{name}` must be at least 1, got {value}."
-        raise ValueError(msg)
-
-
-def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    room = length - tile
-    if room <= 0:
-        return [0]
-    step = max(1, int(tile * (1.0 - overlap) + 1e-6))
-    steps = ceil(room / step)
-    return [index * room // steps for index in range(steps + 1)]
-
-
-def _axis_weights(length: int, tile: int, starts: Sequence[int], device: torch.device | None) -> dict[int, Tensor]:
-    """Weights ``(tile,)`` by start, which sum to one at every place of an axis; the product of two axes is a tile's."""
-    window, total = blend_window(tile), torch.zeros(length)
-    for start in starts:
-        total[start : start + tile] += window
-    return {start: (window / total[start : start + tile]).to(device) for start in starts}

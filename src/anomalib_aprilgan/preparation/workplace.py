@@ -17,11 +17,11 @@ from ..data.references import augmented
 from ..decision.fusion import ScoreFusion
 from ..decision.post_processing import AprilGANPostProcessor
 from ..network.model import AprilGANModel, RawPredictions
-from ..network.tiling import tile_positions
 from ..provenance import Provenance
 from ..recipe import Recipe, RowRecipes
 from ..running import datamodule_of, precision_of
 from ..settings import Settings
+from ..tile_layout import tile_positions
 
 
 @dataclass

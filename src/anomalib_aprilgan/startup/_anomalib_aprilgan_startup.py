@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 AWAITED = "anomalib.models"
-# Whether this is a command of the package: it loads models when it knows what to do.
-is_command = False
+# Whether the package loads models only when they are asked for: for its commands, and where torch is missing.
+is_light = False
 
 
 class AwaitModels:
@@ -58,7 +58,7 @@ def _register() -> None:
 
 def command(*first: str) -> int:
     """The command ``anomalib-aprilgan``, or one of its subcommands, with the arguments of this process."""
-    globals()["is_command"] = True
+    globals()["is_light"] = True
     from anomalib_aprilgan.command import main
 
     return main([*first, *sys.argv[1:]])

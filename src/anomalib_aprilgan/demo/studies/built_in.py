@@ -68,7 +68,7 @@ class Product:
         return torch.from_numpy((self.kinds != "good").astype(np.int64))
 
 
-def build_model(class_name: str, **overrides: Any) -> AprilGAN:  # noqa: ANN401  # arguments of the model
+def build_model(class_name: str | dict[str, str], **overrides: Any) -> AprilGAN:  # noqa: ANN401  # arguments of the model
     """The built-in CLIP and its adapters, unless arguments say otherwise."""
     given: dict[str, Any] = {
         "backbone": built_in.ARCHITECTURE,

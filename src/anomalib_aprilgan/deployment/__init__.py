@@ -1,0 +1,1 @@
+"""From a model to files that run without it: graphs, compression, metadata."""
