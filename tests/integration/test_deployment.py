@@ -95,6 +95,7 @@ KINDS = ["xml", "onnx", "pt", "ckpt"]
 # -- many classes in one graph --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("k_shot", [0, 2])
 def test_a_batch_of_mixed_classes(
     april_gan: Build, tmp_path: Path, k_shot: int, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +162,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.thorough
 def test_a_large_image_in_tiles_without_torch(april_gan: Build, tmp_path: Path) -> None:
     model = april_gan(class_name="bottle", k_shot=2, references=GOOD["bottle"], tile_size=512, tile_overlap=0.25)
     model.setup("predict")
@@ -375,6 +377,7 @@ def test_the_command(single: tuple[AprilGAN, Path], tmp_path: Path, capsys: pyte
 # -- fewer bits -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int8_ptq"])
 def test_compressed(single: tuple[AprilGAN, Path], tmp_path: Path, kind: str) -> None:
     model, _ = single
@@ -396,6 +399,7 @@ def test_compressed(single: tuple[AprilGAN, Path], tmp_path: Path, kind: str) ->
     assert model.post_processor.values()["image_threshold"] == pytest.approx(0.4)  # the model itself stays
 
 
+@pytest.mark.thorough
 def test_compression_that_cannot_be_had(april_gan: Build, tmp_path: Path) -> None:
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False)
     model = april_gan(class_name="bottle")
