@@ -41,6 +41,10 @@ _THRESHOLDS = (
     "Print the bounds and thresholds of an exported model or a checkpoint, raw, or change some: an image is anomalous "
     "where its raw score is above image_threshold. Nothing else of the file changes; --undo takes the last change back."
 )
+_BENCH = (
+    "Time torch, ONNX Runtime and OpenVINO with a CLIP of random weights, side by side: a batch, images a second, peak "
+    "of memory, and for torch the share of the speed of this device's matrix products."
+)
 _BACKBONES = (
     "List the CLIPs of open_clip: what `backbone` and `pretrained` take, and what each costs. GFLOPs are those of "
     "one image through the vision tower, a multiplication with an addition counted as two. Nothing is downloaded."
@@ -91,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_growing(commands)
     _add_thresholds(commands)
     commands.add_parser("benchmark", help="compare anomalib models in one table", add_help=False)
+    _add_bench(commands)
     listed = commands.add_parser("backbones", help="list the CLIPs that can be used", description=_BACKBONES)
     listed.add_argument("names", nargs="*", help="architectures of open_clip (default: all)")
     listed.add_argument("--image_size", type=int, help="side in pixels that figures are of (default: each one's own)")
@@ -170,6 +175,20 @@ def _add_thresholds(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--undo", action="store_true", help="take back what was set last")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run="thresholds:run")
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("bench", help="time run times side by side", description=_BENCH, allow_abbrev=False)
+    parser.add_argument("--backbone", default="ViT-L-14-336", help="architecture of open_clip (default: ViT-L-14-336)")
+    parser.add_argument("--image_size", type=int, help="side in pixels (default: the architecture's own)")
+    parser.add_argument("--k_shot", type=int, default=4, help="references (default: 4)")
+    engines = ["torch", "onnxruntime", "openvino", "openvino-fp16", "openvino-int8"]
+    parser.add_argument("--engines", nargs="+", default=engines, help="what to compare, the first with the others")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images of a batch (default: 1 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that is not counted")
+    parser.add_argument("--device", default="cpu", help="device of torch (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run="bench:run")
 
 
 def _add_growing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

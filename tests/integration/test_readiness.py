@@ -313,7 +313,7 @@ def test_export_after_a_run_on_another_device(
         expected = model.eval()(images)
     traced: list[Tensor] = []
     # The graph itself is compared elsewhere; here the model is run as the exporter would run it.
-    monkeypatch.setattr(torch.onnx, "export", lambda model, args, **_: traced.append(model(*args).pred_score))
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, **_: traced.append(model(*args)["pred_score"]))
     strategy = type(runner.trainer.strategy)
     with mock.patch.object(strategy, "root_device", new_callable=mock.PropertyMock, return_value=torch.device("meta")):
         path = getattr(model, export)(tmp_path)
@@ -351,7 +351,8 @@ def test_an_export_does_not_disturb_another_thread(
         thread.join()
         return tmp_path
 
-    monkeypatch.setattr(AnomalibModule, export, export_meanwhile)
+    where = (torch.onnx, "export") if export == "to_onnx" else (AnomalibModule, export)
+    monkeypatch.setattr(*where, export_meanwhile)
     getattr(model, export)(tmp_path)
     (answer,) = found
     assert torch.equal(answer.pred_score, expected.pred_score)

@@ -24,6 +24,7 @@ from anomalib_aprilgan.csv_text import as_csv
 from anomalib_aprilgan.data import MultiCategoryData
 from anomalib_aprilgan.data.corrections import read_corrections
 from anomalib_aprilgan.decision.post_processing import AprilGANPostProcessor
+from anomalib_aprilgan.decision.values import values_of_images
 from anomalib_aprilgan.results.report import write_report
 from anomalib_aprilgan.results.run_files import InspectedImage, RunFiles
 
@@ -415,6 +416,6 @@ class TestFiles:
         scaled_here = np.interp(raw.numpy(), *zip(*one.knots, strict=True))
         post = model.post_processor
         floor, ceiling = (end for end in post.fusion.range(post.map_ceiling))
-        expected = post._decide("image", raw, floor, ceiling, None)[0]
+        expected = post._decide("image", raw, floor, ceiling, values_of_images(post, None, len(raw)))[0]
         assert np.abs(scaled_here - expected.numpy()).max() < 1e-5
         assert one.image_cut == 0.5

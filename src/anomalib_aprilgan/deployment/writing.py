@@ -58,7 +58,7 @@ def write_onnx(
         torch.onnx.export(
             graph,
             tuple(examples.values()),
-            str(path),
+            f=str(path),
             input_names=names,
             output_names=outputs,
             dynamo=True,
