@@ -151,6 +151,14 @@ def run_subcommand(arguments: list[str], capsys: pytest.CaptureFixture[str], ano
         assert command_line.main(arguments) == 0
         assert Path("results/AprilGAN/latest/report.html").is_file()
         return
+    if arguments[0] == "thresholds":
+        given = ["--model.class_name=washer", "--export_type=openvino", "--export_root=results/exported", *BUILT_IN]
+        anomalib("export", "--model", "AprilGAN", *given)
+        if "--undo" in arguments:
+            assert command_line.main([*arguments[:2], "--set", "image=0.4"]) == 0
+        assert command_line.main(arguments) == 0
+        assert "image_threshold" in capsys.readouterr().out
+        return
     if "corrections.csv" in arguments:
         assert command_line.main([*INSPECT, *BUILT_IN]) == 0
         rows = [("image_path", "class_name", "mark"), ("path/to/inspect/0.png", "metal washer", "good")]
