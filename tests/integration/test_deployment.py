@@ -26,6 +26,7 @@ from PIL import Image
 
 from anomalib_aprilgan import AprilGAN
 from anomalib_aprilgan import command as command_line
+from anomalib_aprilgan.data import MultiCategoryData
 from anomalib_aprilgan.runtime import Inferencer
 from anomalib_aprilgan.runtime.changes import change, undo
 from anomalib_aprilgan.runtime.values import open_values
@@ -429,3 +430,21 @@ def test_compression_that_cannot_be_had(april_gan: Build, tmp_path: Path) -> Non
 def test_bad_options(april_gan: Build, options: Any, error: str) -> None:
     with pytest.raises((TypeError, ValueError), match=error):
         april_gan(export_options=options)
+
+
+@pytest.mark.thorough
+def test_int8_with_the_images_of_a_datamodule(april_gan: Build, tmp_path: Path) -> None:
+    """Several classes, in one graph, calibrated: the images of each are those of its own."""
+    names = list(GOOD)
+    data = MultiCategoryData(dataset="mvtec", root=DATASET, categories=names, num_workers=0)
+    model = april_gan(class_name=names, calibration=GOOD, false_positive_rate=0.5, export_options={"class_index": True})
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False)
+    path = engine.export(model, "openvino", tmp_path, compression_type="int8_ptq", datamodule=data)
+    report = json.loads((path.parent / "metadata.json").read_text())["model.xml"]["compression"]
+    assert report["images"].endswith("from the datamodule")
+    assert list(report["thresholds"]) == names
+    images, rows = pictures(3, 96, 96), np.array([0, 2, 1])
+    with torch.no_grad():
+        expected = model(images, class_index=torch.from_numpy(rows))
+    found = openvino.Core().compile_model(path, "CPU", FULL_PRECISION)([images.numpy(), rows])
+    assert np.abs(found["pred_score"] - expected.pred_score.numpy()).max() < 0.05
