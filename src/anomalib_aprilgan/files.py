@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -102,6 +103,16 @@ def fitting_name(stem: str, suffix: str) -> str:
         return stem + suffix
     end = f"-{hashlib.blake2b(raw, digest_size=8).hexdigest()}"
     return raw[: room - len(end)].decode(errors="ignore") + end + suffix
+
+
+def read_json(path: Path) -> object:
+    """What is in a JSON file; a ValueError that names it where it is none."""
+    try:
+        content: object = json.loads(path.read_bytes())
+    except ValueError as error:
+        msg = f"{path} is no JSON ({error})."
+        raise ValueError(msg) from error
+    return content
 
 
 def is_drawing(path: Path) -> bool:

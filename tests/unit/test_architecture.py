@@ -10,7 +10,18 @@ import anomalib_aprilgan
 PACKAGE = Path(anomalib_aprilgan.__file__).parent
 # Layers from the ground up: a room imports from its own layer and lower ones.
 LAYERS = [
-    ("checks", "classes", "config_files", "csv_text", "files", "recipe", "running", "tile_layout", "value_names"),
+    (
+        "checks",
+        "classes",
+        "config_files",
+        "csv_text",
+        "files",
+        "recipe",
+        "running",
+        "tile_layout",
+        "timing",
+        "value_names",
+    ),
     ("clip", "runtime"),
     ("network", "data", "decision", "metrics"),
     ("remembering",),

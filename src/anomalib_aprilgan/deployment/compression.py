@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from ..clip.backbone import ClipBackbone, VisionOutput
 from ..decision.post_processing import AprilGANPostProcessor
 from ..preparation import Workplace
 from ..preparation.decision import calibrate
+from ..timing import measure
 from .graphs import IMAGE_FEATURE, TOWER_INPUT, Exported, HeadGraph, Model, PreparationGraph, TowerGraph
 from .int8 import linear_layers, products_of_inputs, quantised
 from .normal_images import NormalImages, normal_images
@@ -223,12 +224,5 @@ def _megabytes(*parts: ov.Model) -> float:
 def _seconds(source: Exported, towers: Mapping[str, ov.Model]) -> dict[str, float]:
     """Median seconds of each tower with one image, in turn."""
     image = torch.zeros(1, 3, *source.model.settings.architecture.image_size)
-    runs: dict[str, Callable[..., Any]] = {name: runner(tower) for name, tower in towers.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(_ROUNDS + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(image)
-            if number:
-                taken[name].append(time.perf_counter() - start)
+    taken = measure({name: partial(runner(tower), image) for name, tower in towers.items()}, _ROUNDS)
     return {name: round(statistics.median(values), 5) for name, values in taken.items()}

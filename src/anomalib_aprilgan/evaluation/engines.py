@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from ..clip import library
 from ..clip.architecture import ClipArchitecture
 from ..demo.drawn_clip.trainer import random_weights
 from ..lightning_model import AprilGAN
+from ..timing import measure
 
 ENGINES = (
     "torch", "torch-bf16", "torch-fp16", "torch-compile", "onnxruntime", "openvino", "openvino-fp16", "openvino-int8",
@@ -99,7 +101,7 @@ def measure_engines(
         rates = {name: _matmul_rate(device, _DTYPES.get(name, torch.float32)) for name in engines if _is_torch(name)}
         for size in batch_sizes:
             images = np.random.default_rng(0).random((size, 3, *architecture.image_size), dtype=np.float32)
-            seconds = _rounds(runs, images, rounds)
+            seconds = measure({name: partial(run, images) for name, run in runs.items()}, rounds)
             first = seconds[engines[0]]
             for name in engines:
                 own, file = seconds[name], files[name]
@@ -187,18 +189,6 @@ def _load(file: Path) -> Run:
 
     compiled: Run = openvino.Core().compile_model(file, "CPU", _FULL_PRECISION)
     return compiled
-
-
-def _rounds(runs: dict[str, Run], images: NDArray[np.float32], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every engine, in turn, after a round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(images)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def _throughput(file: Path, images: NDArray[np.float32]) -> float | None:

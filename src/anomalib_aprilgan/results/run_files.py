@@ -15,7 +15,7 @@ from ..checks import check_entries
 from ..csv_text import read_csv, safe_path
 from ..decision.post_processing import AprilGANPostProcessor
 from ..decision.scale import Bounds, scaled
-from ..files import is_file, write_atomically
+from ..files import is_file, read_json, write_atomically
 from .regions import Region
 
 DECISIONS, REGIONS, MAPS, THRESHOLDS = "decisions.csv", "regions.csv", "maps.csv", "thresholds.json"
@@ -121,11 +121,7 @@ def thresholds_of(post_processor: AprilGANPostProcessor, row: int, name: str) ->
 def _read_thresholds(path: Path) -> list[ClassThreshold]:
     if not is_file(path):
         return []
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        msg = f"{path} is no JSON ({error})."
-        raise ValueError(msg) from error
+    content = read_json(path)
     if not isinstance(content, list):
         msg = f"{path} must hold a list with an entry for each class."
         raise ValueError(msg)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_entries, shown
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from .values import ValueFile, Values, open_values
 
 SHORT = {"image": "image_threshold", "pixel": "pixel_threshold"}
@@ -99,14 +99,10 @@ def _history(path: Path, values: Values) -> list[dict[str, Any]]:
     file = _history_file(path)
     if not file.is_file():
         return []
-    try:
-        entries = json.loads(file.read_bytes())
-    except ValueError as error:
-        msg = f"{file} is no JSON ({error}). Remove it: changes so far can then not be taken back."
-        raise ValueError(msg) from error
-    for entry in entries if isinstance(entries, list) else [entries]:
+    entries = read_json(file)
+    found: list[Any] = entries if isinstance(entries, list) else [entries]
+    for entry in found:
         check_entries(str(file), entry, _HISTORY)
-    found: list[dict[str, Any]] = list(entries)
     if found:
         last, now = found[-1], values.get(found[-1]["class_name"], {})
         if last["before"] != last["after"] and all(now.get(name) == value for name, value in last["before"].items()):

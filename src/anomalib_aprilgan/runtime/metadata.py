@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_entries, shown
+from ..files import read_json
 
 METADATA = "metadata.json"
 _ENTRIES: dict[str, Any] = {
@@ -75,11 +75,7 @@ def read_entries(file: Path) -> dict[str, Any]:
     """Entries of a ``metadata.json`` by file, none where there is no such file; a ValueError where it is no such."""
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        msg = f"{file} is no JSON ({error})."
-        raise ValueError(msg) from error
+    content = read_json(file)
     if not isinstance(content, dict):
         msg = f"{file} must hold an entry for each exported file."
         raise ValueError(msg)

@@ -17,8 +17,9 @@ from torch import nn
 
 from ...clip.architecture import ClipArchitecture
 from ...clip.backbone import ClipBackbone
+from ...timing import measure
 from ..drawn_clip.trainer import random_weights
-from .speed import measure, random_model
+from .speed import random_model
 
 PUBLISHED = ("ViT-L-14-336", 518)
 _SMALL = (
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     architectures.append(ClipArchitecture.load(PUBLISHED[0], (PUBLISHED[1], PUBLISHED[1]), None))
     with tempfile.TemporaryDirectory() as folder:
         candidates = [_candidates(one, options.k_shot, Path(folder)) for one in architectures]
-        durations = measure({name: run for of_one in candidates for name, run in of_one.items()}, options.rounds)
+        with torch.no_grad():
+            durations = measure({name: run for of_one in candidates for name, run in of_one.items()}, options.rounds)
     _print(architectures, durations, options)
 
 

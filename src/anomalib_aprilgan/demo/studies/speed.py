@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +22,7 @@ from ...clip.prompts import PromptEnsemble
 from ...network.adapters import LinearAdapters
 from ...network.memory_bank import MemoryBank
 from ...network.model import AprilGANModel
+from ...timing import measure
 from ..drawn_clip.trainer import random_weights
 
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     console.print("| | seconds | ratio | to |\n|---|---|---|---|")
     for candidates in (vision, text):
-        durations = measure(candidates, options.rounds)
+        with torch.no_grad():
+            durations = measure(candidates, options.rounds)
         previous = ""
         for name, seconds in durations.items():
             ratio = [mine / other for mine, other in zip(seconds, durations.get(previous, seconds), strict=True)]
@@ -89,19 +90,6 @@ def _text_candidates(backbone: ClipBackbone) -> dict[str, Callable[[], object]]:
         "text of one class, full context": lambda: backbone.encode_text(sentences, cut_context=False),
         "text of one class": lambda: backbone.encode_text(sentences),
     }
-
-
-@torch.no_grad()
-def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in every round, one after the other, after a round that is not counted."""
-    durations: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_number in range(rounds + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if round_number:
-                durations[name].append(time.perf_counter() - start)
-    return durations
 
 
 if __name__ == "__main__":
