@@ -127,7 +127,7 @@ class OnnxFile(TableFile):
             import onnx
         except ModuleNotFoundError as error:
             msg = "To change an ONNX file, onnx is needed: pip install onnx"
-            raise ModuleNotFoundError(msg, name="onnx") from error
+            raise ValueError(msg) from error
         try:
             model = onnx.load(self.path, load_external_data=False)
         except Exception as error:  # whatever protobuf says of a damaged file
