@@ -85,7 +85,10 @@ def compressed(
     tower = converted(TowerGraph(source.model.model))
     layers, small = _small(tower, kind, source, images)
     twin = _twin(source, GraphBackbone(source.model.model.backbone, small))
-    thresholds = {name: _moved(source, twin, row, images) for row, name in enumerate(source.classes)}
+    knows_all = len(source.classes) == len(model.made.classes)
+    thresholds = {
+        name: _moved(source, twin, row, images, knows_all=knows_all) for row, name in enumerate(source.classes)
+    }
     changes = _changes(source, twin, images)
     after = replace(source, model=twin)
     head = converted(HeadGraph(after))
@@ -142,16 +145,22 @@ def _twin(source: Exported, backbone: GraphBackbone) -> Model:
     return twin
 
 
-def _moved(source: Exported, twin: Model, row: int, images: NormalImages) -> dict[str, dict[str, float]]:
-    """Set the thresholds of a class again; returns them before and after."""
+def _moved(
+    source: Exported, twin: Model, row: int, images: NormalImages, *, knows_all: bool
+) -> dict[str, dict[str, float]]:
+    """Set the thresholds of a class again; returns them before and after.
+
+    They are calibrated again where the images of each class can be told, as in the model: where it ``knows_all``
+    classes. Else, and in tiles, they move as the scores of whole images do.
+    """
     post_processor = twin.post_processor
     if not isinstance(post_processor, AprilGANPostProcessor) or not images.of_rows.get(row):
         return {}
     values = post_processor.of_class(row).values()
     before = {name: values[name] for name in ("image_threshold", "pixel_threshold")}
     calibration = twin.settings.how_to_calibrate
-    recalibrated = False
-    if calibration is not None and twin.made.rows[row].calibration is not None and source.tiles is None:
+    recalibrated, is_calibrated = False, twin.made.rows[row].calibration is not None
+    if calibration is not None and is_calibrated and source.tiles is None and knows_all:
         place, recipes = Workplace.of(twin, None), twin.made.rows[row]
         recipe, recipes.calibration = recipes.calibration, None
         try:
@@ -159,7 +168,7 @@ def _moved(source: Exported, twin: Model, row: int, images: NormalImages) -> dic
             recalibrated = True
         except (FileNotFoundError, ValueError):  # its images are gone
             recipes.calibration = recipe
-            post_processor.load_state_dict(source.model.post_processor.state_dict())
+            post_processor.of_class(row).take(values)
     if not recalibrated:
         moves = [_statistics(twin, image, row) - _statistics(source.model, image, row) for image in images.of_rows[row]]
         by_image, by_pixel = torch.stack(moves).median(dim=0).values.tolist()
