@@ -75,9 +75,8 @@ class Exporting:
 
         Raises:
             ModuleNotFoundError: OpenVINO is missing.
-            NotImplementedError: ``INT8_ACQ`` is asked for.
-            ValueError: There are no images to quantise with, or more decisions changed than the option ``max_flips``
-                allows; nothing is written.
+            ValueError: ``INT8_ACQ`` is asked for, there are no images to quantise with, or more decisions changed than
+                the option ``max_flips`` allows; nothing is written.
         """
         del metric, task, max_drop  # of INT8_ACQ
         source = self._exported()

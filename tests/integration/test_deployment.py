@@ -406,7 +406,7 @@ def test_compression_that_cannot_be_had(april_gan: Build, tmp_path: Path) -> Non
     model = april_gan(class_name="bottle")
     with pytest.raises(ValueError, match=r"needs normal images"):
         engine.export(model, "openvino", tmp_path / "out", compression_type="int8_ptq")
-    with pytest.raises(NotImplementedError, match=r"INT8_ACQ"):
+    with pytest.raises(ValueError, match=r"INT8_ACQ"):
         model.to_openvino(tmp_path / "out", compression_type="int8_acq")
     few = april_gan(class_name="bottle", export_options={"max_flips": 0.0, "images": GOOD["bottle"]})
     few.setup("predict")

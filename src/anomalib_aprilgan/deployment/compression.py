@@ -73,7 +73,7 @@ def compressed(
             "in fixed ranges cost this model's scores more than that at nearly every layer, so that nearly all would "
             "be given back. Use INT8_PTQ, whose ranges are those of each token, with the export option `max_flips`."
         )
-        raise NotImplementedError(msg)
+        raise ValueError(msg)
     images, max_flips = normal_images(model, source, datamodule), model.export_options.max_flips
     if not images.number and (kind == CompressionType.INT8_PTQ or max_flips is not None):
         needs = f"`compression_type={kind.name}`" if max_flips is None else "the export option `max_flips`"

@@ -61,8 +61,10 @@ class StackedBank(FewShotScorer):
             self.register_buffer(f"{name}_{stage}", torch.stack(padded))
 
     def fill(self, row: int, images: Tensor, output: VisionOutput) -> None:
-        """Never done: what a graph remembers is fixed."""
-        raise NotImplementedError
+        """A RuntimeError: what a graph remembers is fixed."""
+        del row, images, output
+        msg = "What a graph remembers is fixed: fill the memory bank that it is made of."
+        raise RuntimeError(msg)
 
     def distance_maps(
         self, images: Tensor, output: VisionOutput, rows: Tensor | None, without: Collection[int] = ()
