@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import torch
 from anomalib.data.utils import read_image
@@ -17,13 +16,13 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.runtime.openvino_core import FULL_PRECISION, compiled
 
 from ..conftest import DATASET
 
 MAPS, SCORES = 1e-4, 1e-5  # the same tensor in
 MAPS_FROM_FILES, SCORES_FROM_FILES = 0.02, 1e-3
 # OpenVINO computes in bf16 by itself where the CPU has instructions for it.
-FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 REFERENCES = str(DATASET / "bottle" / "train" / "good")
 # Larger, smaller and not square, against the model's 96 x 96.
 SIZES = [(160, 160), (61, 47), (40, 200), (96, 96)]
@@ -76,7 +75,7 @@ def _onnx_runner(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
 
 def test_onnx_and_openvino_agree_with_torch_for_any_batch(exported: Exported) -> None:
     run_onnx = _onnx_runner(exported.onnx)
-    run_openvino = openvino.Core().compile_model(exported.openvino, "CPU", FULL_PRECISION)
+    run_openvino = compiled(exported.openvino)
     for batch in (1, 3):
         images = torch.rand(batch, 3, 96, 96, generator=torch.Generator().manual_seed(batch))
         images = (images * 255).round() / 255
@@ -111,7 +110,7 @@ def test_options_are_exported(
     model.post_processor.enable_normalization = False
     onnx = model.eval().to_onnx(tmp_path)
     run_onnx = _onnx_runner(onnx)
-    run_openvino = openvino.Core().compile_model(onnx, "CPU", FULL_PRECISION)  # what `to_openvino` starts from
+    run_openvino = compiled(onnx)  # what `to_openvino` starts from
     by_torch = TorchInferencer(model.to_torch(tmp_path), device="cpu").model
     images = torch.rand(3, 3, 80, 112, generator=torch.Generator().manual_seed(0))
     images = (images * 255).round() / 255

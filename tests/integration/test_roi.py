@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import torch
 from anomalib.data import MVTecAD
 from PIL import Image, ImageDraw
 
 from anomalib_aprilgan import AprilGAN
+from anomalib_aprilgan.runtime.openvino_core import compiled
 
 from .runs import by_path, category, engine, good, read
 
 Build = Callable[..., AprilGAN]
 BOX = [12, 20, 70, 88]
-FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 KINDS: dict[str, dict[str, Any]] = {
     "zero-shot": {},
@@ -98,11 +97,11 @@ def test_exports_hold_the_region(april_gan: Build, tmp_path: Path) -> None:
     assert torch.equal(expected.pred_score, model(images[1]).pred_score)
     path = model.to_onnx(tmp_path)
     session = onnxruntime.InferenceSession(path)
-    compiled = openvino.Core().compile_model(path, "CPU", FULL_PRECISION)
+    graph = compiled(path)
     names = [output.name for output in session.get_outputs()]
     for run in (
         lambda image: dict(zip(names, session.run(None, {session.get_inputs()[0].name: image}), strict=True)),
-        lambda image: {output.any_name: values for output, values in compiled(image).items()},
+        lambda image: {output.any_name: values for output, values in graph(image).items()},
     ):
         first, second = (run(image.numpy()) for image in images)
         assert all(np.array_equal(value, second[field]) for field, value in first.items())

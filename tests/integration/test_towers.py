@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import timm
 import torch
@@ -22,6 +21,7 @@ from anomalib_aprilgan import AprilGAN, training
 from anomalib_aprilgan.clip import library, library_text
 from anomalib_aprilgan.clip.architecture import ClipArchitecture
 from anomalib_aprilgan.clip.backbone import load_clip
+from anomalib_aprilgan.runtime.openvino_core import compiled
 
 from ..towers import FAMILIES, Files, open_clips_own, write
 from .runs import adapters, auxiliary, by_path, category, engine, equal, good
@@ -161,14 +161,14 @@ def _check_exports(model: AprilGAN, folder: Path) -> None:
     onnx = model.eval().to_onnx(folder)
     session = onnxruntime.InferenceSession(onnx)
     names = [output.name for output in session.get_outputs()]
-    compiled = openvino.Core().compile_model(onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    graph = compiled(onnx)
     size = model.settings.architecture.image_size  # another would be resized to 8 bits, where rounding tips
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     images = (images * 255).round() / 255
     with torch.no_grad():
         expected = model(images)
     by_onnx = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
-    by_openvino = compiled(images.numpy())
+    by_openvino = graph(images.numpy())
     for name in ("anomaly_map", "pred_score"):
         wanted = getattr(expected, name).numpy()
         assert np.abs(by_onnx[name] - wanted).max() < 1e-4

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import timm
 import torch
@@ -27,6 +26,7 @@ from anomalib_aprilgan.data.pre_processing import CLIP_MEAN, CLIP_STD
 from anomalib_aprilgan.evaluation.many_banks import predict_banks
 from anomalib_aprilgan.network.memory_bank import VisionMemoryBank
 from anomalib_aprilgan.network.scoring import nearest_normal_distance
+from anomalib_aprilgan.runtime.openvino_core import compiled
 
 from ..towers import write
 from .runs import by_path, category, engine, good
@@ -168,14 +168,14 @@ class TestModel:
         model.post_processor.enable_normalization = False
         onnx = model.eval().to_onnx(tmp_path)
         session = onnxruntime.InferenceSession(onnx)
-        compiled = openvino.Core().compile_model(onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        graph = compiled(onnx)
         images = torch.randint(256, (2, 3, 96, 96), generator=torch.Generator().manual_seed(0)) / 255
         with torch.no_grad():
             expected = model(images).anomaly_map.numpy()
         names = [output.name for output in session.get_outputs()]
         by_onnx = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
         assert np.abs(by_onnx["anomaly_map"] - expected).max() < 1e-4
-        assert np.abs(compiled(images.numpy())["anomaly_map"] - expected).max() < 1e-4
+        assert np.abs(graph(images.numpy())["anomaly_map"] - expected).max() < 1e-4
 
     def test_many_banks_from_one_pass_equal_predictions_one_by_one(
         self, april_gan: Build, arguments: dict[str, Any]

@@ -11,8 +11,7 @@ from openvino import opset13 as ops
 
 from anomalib_aprilgan.deployment.int8 import linear_layers, products_of_inputs, quantised, rounded
 from anomalib_aprilgan.runtime.inferencer import resized
-
-FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
+from anomalib_aprilgan.runtime.openvino_core import compiled
 
 
 def correlated(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -74,7 +73,7 @@ def test_layers_in_int8(transposed: bool, activations: bool) -> None:
     expected = sum((image[0].T @ image[0]).double() for image in images)
     torch.testing.assert_close(products[layers[0]], expected, rtol=1e-4, atol=1e-2)
     small = quantised(model, layers, products, activations=activations)
-    run, before = (ov.Core().compile_model(one, "CPU", FULL_PRECISION) for one in (small, model))
+    run, before = (compiled(one) for one in (small, model))
     for image in images:  # whatever their range
         exact, found = before(image.numpy())[0], run(image.numpy())[0]
         assert 0 < np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)

@@ -22,6 +22,7 @@ from ..clip.backbone import ClipBackbone, VisionOutput
 from ..decision.post_processing import AprilGANPostProcessor
 from ..preparation import Workplace
 from ..preparation.decision import calibrate
+from ..runtime.openvino_core import core
 from ..timing import measure
 from .graphs import IMAGE_FEATURE, TOWER_INPUT, Exported, HeadGraph, Model, PreparationGraph, TowerGraph
 from .int8 import linear_layers, products_of_inputs, quantised
@@ -113,9 +114,8 @@ def _small(tower: ov.Model, kind: CompressionType, source: Exported, images: Nor
         with TemporaryDirectory() as folder:
             path = Path(folder) / "tower.xml"
             save(tower, path, fp16=True)
-            core = ov.Core()
-            core.set_property({"ENABLE_MMAP": False})  # the file is removed
-            return 0, core.read_model(path)
+            model: ov.Model = core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+            return 0, model
     layers = linear_layers(tower)
     if not layers:
         msg = f"`compression_type={kind.name}`: this vision tower has no linear layer over tokens. Use FP16."

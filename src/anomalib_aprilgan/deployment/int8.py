@@ -22,7 +22,7 @@ import torch
 from openvino import opset13 as ops
 from torch import Tensor
 
-from .openvino_graphs import FULL_PRECISION
+from ..runtime.openvino_core import compiled
 
 _LEVELS = 127  # on either side of zero
 _DAMPING = 0.05  # of the mean square of an input, added to each: few images do not show all that inputs can do
@@ -60,7 +60,7 @@ def products_of_inputs(tower: ov.Model, layers: Sequence[str], images: Sequence[
             tokens, width = nodes[name].input_value(0), _weight_of(nodes[name]).shape[1]
             flat = ops.reshape(tokens, np.array([-1, width]), special_zero=False)
             results.append(ops.result(ops.matmul(flat, flat, transpose_a=True, transpose_b=False)))
-        run = ov.Core().compile_model(ov.Model(results, part.get_parameters()), "CPU", FULL_PRECISION)
+        run = compiled(ov.Model(results, part.get_parameters()))
         for image in images:
             output = run(np.ascontiguousarray(image.numpy()))
             for place, name in enumerate(together):

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ..files import temporary_folder
+from ..runtime.openvino_core import compiled
 from .graphs import Graph, TowerGraph
 from .writing import write_onnx
-
-# OpenVINO computes in bf16 by itself where a CPU has instructions for it; the maps would not be those of the model.
-FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def converted(
@@ -53,7 +51,7 @@ def joined(*parts: ov.Model) -> ov.Model:
 
 def runner(model: ov.Model) -> Callable[..., dict[str, Tensor]]:
     """A function from inputs to the outputs of a graph by name, in fp32 on the CPU."""
-    run = ov.Core().compile_model(model, "CPU", FULL_PRECISION)
+    run = compiled(model)
     names = [name_of(output) for output in model.outputs]
 
     def outputs(*values: Tensor) -> dict[str, Tensor]:

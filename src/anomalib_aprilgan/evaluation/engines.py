@@ -29,6 +29,7 @@ from ..clip import library
 from ..clip.architecture import ClipArchitecture
 from ..demo.drawn_clip.trainer import random_weights
 from ..lightning_model import AprilGAN
+from ..runtime.openvino_core import compiled
 from ..timing import measure
 
 ENGINES = (
@@ -36,7 +37,6 @@ ENGINES = (
 )  # fmt: skip
 _COMPRESSED = {"openvino-fp16": CompressionType.FP16, "openvino-int8": CompressionType.INT8_PTQ}
 _DTYPES = {"torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
-_FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 _REFERENCES = 4
 # Run by a process that loads nothing else; prints the peak in kB.
 _OF_ITS_OWN = """
@@ -185,10 +185,8 @@ def _load(file: Path) -> Run:
 
         session = onnxruntime.InferenceSession(file)
         return lambda images: session.run(None, {"input": images})
-    import openvino
-
-    compiled: Run = openvino.Core().compile_model(file, "CPU", _FULL_PRECISION)
-    return compiled
+    run: Run = compiled(file)
+    return run
 
 
 def _throughput(file: Path, images: NDArray[np.float32]) -> float | None:
@@ -197,8 +195,7 @@ def _throughput(file: Path, images: NDArray[np.float32]) -> float | None:
         return None
     import openvino
 
-    hints = {**_FULL_PRECISION, "PERFORMANCE_HINT": "THROUGHPUT"}
-    queue: Any = openvino.AsyncInferQueue(openvino.Core().compile_model(file, "CPU", hints))
+    queue: Any = openvino.AsyncInferQueue(compiled(file, config={"PERFORMANCE_HINT": "THROUGHPUT"}))
     queue.start_async(images)
     queue.wait_all()
     number = 2 * len(queue)

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from ..checks import check_int, shown
 from ..tile_layout import axis_weights, tile_positions
 from .metadata import Metadata
+from .openvino_core import compiled
 
 Array = NDArray[Any]
 # From inputs by name to outputs by name.
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 ENGINES = ("openvino", "onnxruntime")
-# OpenVINO computes in bf16 by itself where a CPU has instructions for it; scores would not be those of the model.
-_FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class Prediction(NamedTuple):
@@ -71,7 +70,7 @@ class Inferencer:
             msg = f"`engine` must be 'openvino', or 'onnxruntime' for .onnx files, got {shown(engine)}."
             raise ValueError(msg)
         self.metadata = Metadata.of(self.path)
-        options = (device, {**_FULL_PRECISION, **(config or {})})
+        options = (device, config or {})
         decision = self.metadata.decision
         self._run = _load(self.path, engine, options)
         self._decide = None if decision is None else _load(self.path.parent / decision, engine, options)
@@ -181,9 +180,7 @@ def _load(path: Path, engine: str, options: tuple[str, Mapping[str, Any]]) -> Ru
 
 
 def _load_openvino(path: Path, device: str, config: Mapping[str, Any]) -> Run:
-    import openvino
-
-    model = openvino.Core().compile_model(path, device, dict(config))
+    model = compiled(path, device, config)
     names = [next(iter(sorted(output.get_names()))) for output in model.outputs]
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:

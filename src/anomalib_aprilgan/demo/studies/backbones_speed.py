@@ -8,15 +8,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import openvino
 import torch
 from rich.console import Console
-from torch import nn
 
 from ...clip.architecture import ClipArchitecture
 from ...clip.backbone import ClipBackbone
+from ...runtime.openvino_core import compiled
 from ...timing import measure
 from ..drawn_clip.trainer import random_weights
 from .speed import random_model
@@ -51,14 +50,10 @@ def _candidates(architecture: ClipArchitecture, k_shot: int, folder: Path) -> di
     for shots in (0, k_shot):
         model = random_model(backbone, architecture.check_stages("auto"), shots)
         found[f"{architecture.name} {shots} torch"] = partial(model, image)
-        compiled = _compiled(model, image, folder / f"{architecture.name}_{shots}.onnx")
-        found[f"{architecture.name} {shots} OpenVINO"] = partial(compiled, image.numpy())
+        path = folder / f"{architecture.name}_{shots}.onnx"
+        torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
+        found[f"{architecture.name} {shots} OpenVINO"] = partial(compiled(path), image.numpy())
     return found
-
-
-def _compiled(model: nn.Module, image: torch.Tensor, path: Path) -> Any:  # noqa: ANN401  # OpenVINO's model
-    torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
-    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 def _print(

@@ -26,6 +26,7 @@ from ...data.reading import load_image
 from ...evaluation.tables import markdown
 from ...files import write_atomically
 from ...provenance import load_adapters
+from ...runtime.openvino_core import compiled
 from .. import built_in
 from ..drawing import CATEGORIES
 from ..inspection import DrawnInspection
@@ -78,12 +79,9 @@ def _compared(
     model: AprilGAN, path: Path, row: int, files: Sequence[str], labels: Sequence[int]
 ) -> tuple[int, int, float, float]:
     """Changed decisions, number of images, image AUROC before and after."""
-    import openvino as ov
-
     images, rows = torch.stack([load_image(Path(file)) for file in files]), torch.full((len(files),), row)
     before = model(images, class_index=rows)
-    run = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    after = run([images.numpy(), rows.numpy()])
+    after = compiled(path)([images.numpy(), rows.numpy()])
     flips = int((after["pred_label"] != before.pred_label.numpy()).sum())
     truth = torch.tensor(labels)
     scores = before.pred_score, torch.from_numpy(after["pred_score"])
