@@ -117,10 +117,10 @@ def images(draw: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
     yield from itertools.islice(whole.items(), count)
     for number in range(count - len(whole)):
         name, content = draw.choice(list(whole.items()))
-        yield f"{number}_{name}", _damaged(content, draw)
+        yield f"{number}_{name}", damaged(content, draw)
 
 
-def _damaged(content: bytes, draw: random.Random) -> bytes:
+def damaged(content: bytes, draw: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(draw.randrange(1, 8)):
         if changed:
@@ -246,4 +246,4 @@ def files(folder: Path, valid: dict[str, Path], canary: Path, draw: random.Rando
             yield saved("ckpt_path", {**checkpoint, "state_dict": {**checkpoint["state_dict"], name: value}}, ".ckpt")
     while True:  # as many as are asked for
         kind = draw.choice(sorted(valid))
-        yield write(kind, _damaged(valid[kind].read_bytes(), draw), valid[kind].suffix)
+        yield write(kind, damaged(valid[kind].read_bytes(), draw), valid[kind].suffix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from anomalib_aprilgan.runtime.changes import change, undo
 from anomalib_aprilgan.runtime.openvino_core import FULL_PRECISION, compiled
 from anomalib_aprilgan.runtime.values import open_values
 
+from .. import hostile
 from ..conftest import DATASET
 
 CLASSES = ["bottle", "tile", "metal_nut"]
@@ -364,6 +366,27 @@ def test_files_that_are_not_ours(single: tuple[AprilGAN, Path], tmp_path: Path) 
     (tmp_path / "other.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"is no file that torch wrote"):
         open_values(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_changed_as_a_whole_or_refused_by_name(
+    single: tuple[AprilGAN, Path], tmp_path: Path, kind: str
+) -> None:
+    copied, draw, results = tmp_path / "copied", random.Random(kind), {}  # noqa: S311  # no secret
+    shutil.copytree(file_of(single[1], kind).parent, copied, ignore=shutil.ignore_patterns("weights"))
+    path = copied / file_of(single[1], kind).name
+    whole = path.read_bytes()
+    for number in range(150):
+        damaged = hostile.damaged(whole[:20000], draw) + whole[20000:-20000] + hostile.damaged(whole[-20000:], draw)
+        path.write_bytes(damaged)
+        before = sorted(copied.iterdir())
+        results[str(number)] = hostile.outcome(lambda: change(path, {"image": 0.5}), [str(copied)])
+        if results[str(number)] != "ok":
+            assert path.read_bytes() == damaged
+            assert sorted(copied.iterdir()) == before
+        (copied / f"{path.name}.thresholds.json").unlink(missing_ok=True)
+    assert set(results.values()) <= {"ok", "refused"}, results
+    assert "refused" in results.values()
 
 
 class Harmful:

@@ -40,7 +40,11 @@ def change(path: Path, given: Mapping[str, float], class_name: str | None = None
     }
     # First what was before: a run that is killed in between has changed nothing, and the entry is dropped later.
     _write_history(path, [*history, entry])
-    file.write(row, rounded)
+    try:
+        file.write(row, rounded)
+    except BaseException:
+        _write_history(path, history)
+        raise
     return before, file.read()
 
 
@@ -111,5 +115,8 @@ def _history(path: Path, values: Values) -> list[dict[str, Any]]:
 
 
 def _write_history(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    if not entries:
+        _history_file(path).unlink(missing_ok=True)
+        return
     content = json.dumps(list(entries), indent=1, ensure_ascii=False)
     write_atomically(_history_file(path), lambda file: file.write(content.encode()))

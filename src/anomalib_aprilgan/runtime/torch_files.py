@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -83,36 +85,41 @@ def _place(storage: tuple[str, str], offset: int, size: tuple[int, ...], *_: obj
     return Place(record, offset * _WIDTHS[kind], size[0])
 
 
-def read_content(path: Path) -> Content:
-    """What a file of ``torch.save`` holds, tensors as their places; a ValueError where it is none."""
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive that ``torch.save`` wrote; a ValueError where it is none, or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            (name,) = (entry for entry in archive.namelist() if entry.endswith("data.pkl"))
-            with archive.open(name) as file:
-                return _Reader(file, name.removesuffix("data.pkl")).load()
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
-        msg = f"{path} is no file that torch wrote ({shown(str(error), 200)})."
+            yield archive
+    except Exception as error:  # whatever zipfile and pickle say of a damaged file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a full disk, no permission
+            raise
+        msg = f"{path} is no file that torch wrote, or is damaged ({shown(str(error), 200)})."
         raise ValueError(msg) from error
 
 
+def read_content(path: Path) -> Content:
+    """What a file of ``torch.save`` holds, tensors as their places; a ValueError where it is none."""
+    with _archive(path) as archive:
+        (name,) = (entry for entry in archive.namelist() if entry.endswith("data.pkl"))
+        with archive.open(name) as file:
+            return _Reader(file, name.removesuffix("data.pkl")).load()
+
+
 def read_bytes(path: Path, place: Place, width: int) -> bytes:
-    """The bytes of the values of a tensor, so many each."""
-    with zipfile.ZipFile(path) as archive, archive.open(place.record) as file:
+    """The bytes of the values of a tensor, so many each; a ValueError where there are fewer."""
+    with _archive(path) as archive, archive.open(place.record) as file:
         file.seek(place.start)
-        return file.read(width * place.number)
+        content = file.read(width * place.number)
+        if len(content) != width * place.number:
+            msg = f"{place.record} ends too early"
+            raise ValueError(msg)
+        return content
 
 
 def copy_with(path: Path, target: IO[bytes], changes: Mapping[Place, bytes]) -> None:
-    """Write the archive anew, with other bytes at these places; all else stays as it is."""
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as new:
+    """Write the archive anew, with other bytes at these places; all else stays as it is. Errors as ``read_bytes``."""
+    with _archive(path) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as new:
         for entry in archive.infolist():
             own = {place: content for place, content in changes.items() if place.record == entry.filename}
             info = zipfile.ZipInfo(entry.filename, entry.date_time)

@@ -132,7 +132,7 @@ class OnnxFile(TableFile):
             model = onnx.load(self.path, load_external_data=False)
         except Exception as error:  # whatever protobuf says of a damaged file
             self._refuse(f"it cannot be read ({shown(str(error), 200)})")
-        found = [tensor for tensor in model.graph.initializer if tensor.name.endswith(TABLE)]
+        found = [tensor for tensor in model.graph.initializer if str(tensor.name).endswith(TABLE)]
         if len(found) != 1:
             self._refuse(f"it has {len(found)} tables of thresholds, and not one")
         (tensor,), shape = found, [len(self.classes), len(COLUMNS)]
@@ -215,13 +215,18 @@ def open_values(path: Path) -> ValueFile:
 def _of_checkpoint(path: Path, content: Content) -> tuple[dict[str, Place], list[str]]:
     tensors = content.get("state_dict") if isinstance(content, dict) else None
     entry = content.get("anomalib_aprilgan") if isinstance(content, dict) else None
+    classes = entry.get("classes") if isinstance(entry, dict) else None
     names = {**{name: f"post_processor.{buffer}" for name, buffer in BUFFERS.items()}, "fixed": "post_processor.fixed"}
-    if not isinstance(tensors, dict) or not isinstance(entry, dict):
+    if not isinstance(tensors, dict) or not isinstance(classes, list) or not all(map(_is_class, classes)):
         msg = f"{path} is no checkpoint of an AprilGAN."
         raise ValueError(msg)
-    return _places(path, {name: tensors.get(buffer) for name, buffer in names.items()}), [
-        name for name, _ in entry["classes"]
-    ]
+    places = _places(path, {name: tensors.get(buffer) for name, buffer in names.items()})
+    return places, [name for name, _ in classes]
+
+
+def _is_class(pair: Content) -> bool:
+    """Whether it is the name of a class and its word."""
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
 
 
 def _of_export(path: Path, content: Content) -> tuple[dict[str, Place], list[str]]:
