@@ -32,7 +32,7 @@ def everything(without_cache: None) -> list[Backbone]:
     return list(backbones())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # some 150 architectures are built
 class TestEverything:
     def test_every_tower_is_tapped(self, everything: list[Backbone]) -> None:
@@ -68,6 +68,9 @@ def test_figures_of_one_of_each_kind() -> None:
     assert found["ViT-B-16-SigLIP2"].text == "CLIP's, tokenizer timm/ViT-B-16-SigLIP2"
     assert "roberta-base" in found["roberta-ViT-B-32"].refused
     assert [one.name for one in found.values() if one.refused] == ["roberta-ViT-B-32"]
+    rows = [line for line in markdown(list(found.values())).splitlines() if any(f" {name} " in line for name in found)]
+    assert len(rows) == len(found)
+    assert set(rows) <= set(PAGE.read_text(encoding="utf-8").splitlines())
     assert next(iter(backbones(320, ["ViT-B-32"]))).gflops > vit.gflops
 
 

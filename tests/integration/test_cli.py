@@ -16,8 +16,6 @@ import torch
 from anomalib.data import ImageBatch
 from omegaconf import OmegaConf
 
-from anomalib_aprilgan import AprilGAN
-
 from ..conftest import DATASET
 
 Run = Callable[..., str]
@@ -138,15 +136,11 @@ def test_predict_takes_a_plain_folder(
 
 
 @pytest.mark.thorough
-def test_export_writes_the_model(
-    anomalib: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_arguments: list[str]
-) -> None:
-    written = tmp_path / "results" / "weights"
-    for export_type, name in (("torch", "model.pt"), ("onnx", "model.onnx"), ("openvino", "model.xml")):
+def test_export_writes_the_model(anomalib: Run, tmp_path: Path, model_arguments: list[str]) -> None:
+    """To OpenVINO it is a command of the documentation, and run as such."""
+    for export_type, name in (("torch", "model.pt"), ("onnx", "model.onnx")):
         anomalib("export", *model_arguments, f"--export_type={export_type}")
-        assert (written / export_type / name).stat().st_size > 10_000
-        if export_type == "onnx":  # what OpenVINO converts is the same graph, which takes ten seconds to make
-            monkeypatch.setattr(AprilGAN, "to_onnx", lambda *_, **__: written / "onnx" / "model.onnx")
+        assert (tmp_path / "results" / "weights" / export_type / name).stat().st_size > 10_000
 
 
 def test_benchmark_of_anomalib_runs_the_model_beside_patchcore(anomalib: Run, tmp_path: Path, small_clip: Any) -> None:

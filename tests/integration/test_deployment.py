@@ -237,6 +237,18 @@ def test_the_runtime_names_what_is_wrong(single: tuple[AprilGAN, Path], tmp_path
         Inferencer(tmp_path / "broken" / "model.xml")
 
 
+def test_a_batch_in_every_run_time(single: tuple[AprilGAN, Path]) -> None:
+    model, folder = single
+    images = pictures(3)
+    with torch.no_grad():
+        expected = model(images)
+    for run in (*runs(file_of(folder, "onnx")), compiled(file_of(folder, "xml"))):
+        found = run(images.numpy())
+        assert np.abs(found["pred_score"] - expected.pred_score.numpy()).max() < 1e-5
+        assert np.abs(found["anomaly_map"] - expected.anomaly_map.numpy()).max() < 1e-4
+        assert (found["pred_label"] == expected.pred_label.numpy()).all()
+
+
 # -- thresholds -----------------------------------------------------------------------------------------
 
 

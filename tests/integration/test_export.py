@@ -22,10 +22,10 @@ from ..conftest import DATASET
 
 MAPS, SCORES = 1e-4, 1e-5  # the same tensor in
 MAPS_FROM_FILES, SCORES_FROM_FILES = 0.02, 1e-3
-# OpenVINO computes in bf16 by itself where the CPU has instructions for it.
 REFERENCES = str(DATASET / "bottle" / "train" / "good")
 # Larger, smaller and not square, against the model's 96 x 96.
 SIZES = [(160, 160), (61, 47), (40, 200), (96, 96)]
+pytestmark = pytest.mark.thorough  # the default tests have an export in test_deployment.py
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ def exported(
     # Scores and maps before the scale that validation learns: the tolerances are about those.
     model.post_processor.enable_normalization = False
     root = tmp_path_factory.mktemp("exported")
-    onnx = model.eval().to_onnx(root)
-    with pytest.MonkeyPatch.context() as patch:  # anomalib's `to_openvino` converts what `to_onnx` writes
-        patch.setattr(type(model), "to_onnx", lambda *_, **__: onnx)
-        converted = model.to_openvino(root)
-    return Exported(model, model.to_torch(root), onnx, converted)
+    return Exported(model, model.to_torch(root), model.eval().to_onnx(root), model.to_openvino(root))
 
 
 @pytest.fixture
@@ -99,7 +95,6 @@ def test_export_at_a_fixed_size_keeps_the_batch_open(april_gan: Callable[..., Ap
     assert np.abs(run_onnx(images.numpy())["anomaly_map"] - expected.anomaly_map.numpy()).max() < MAPS_FROM_FILES
 
 
-@pytest.mark.thorough
 def test_options_are_exported(
     april_gan: Callable[..., AprilGAN], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from anomalib_aprilgan.demo import built_in
@@ -38,6 +39,7 @@ def test_inspected_category_was_shown_to_nobody() -> None:
     assert CATEGORY not in load_adapters(built_in.ADAPTERS)[1].trained_on["DrawnInspection"]
 
 
+@pytest.mark.thorough
 def test_quickstart_detects_offline_and_leaves_pictures(tmp_path: Path) -> None:
     command = Path(sys.executable).parent / "anomalib-aprilgan-quickstart"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}

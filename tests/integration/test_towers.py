@@ -135,7 +135,7 @@ class TestModel:
         assert not equal(before, adapters(model))
         return model.save_adapters(folder / "adapters.safetensors")
 
-    @pytest.mark.parametrize("k_shot", [0, 2])
+    @pytest.mark.parametrize("k_shot", [pytest.param(0, marks=pytest.mark.slow), 2])
     def test_from_engine_to_exports(
         self, arguments: dict[str, Any], trained: Path, tmp_path: Path, k_shot: int
     ) -> None:

@@ -195,10 +195,13 @@ BANKS: dict[str, dict[str, Any]] = {
     "bounded in half precision": {"k_shot": 3, "memory_size": 60, "memory_dtype": "float16"},
     "with accepted parts": {"k_shot": 2},
 }
+PARTLY = {"coreset", "half precision"}  # "bounded in half precision" is both
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", BANKS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in PARTLY else kind for kind in BANKS]
+)
 def test_exports_agree_with_torch(april_gan: Build, kind: str, tmp_path: Path) -> None:
     model = april_gan(class_name="bottle", references=str(good("bottle")), **BANKS[kind])
     model.setup("predict")
