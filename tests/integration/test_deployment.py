@@ -440,7 +440,7 @@ def test_the_command(single: tuple[AprilGAN, Path], tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["fp16", "int8", "int8_ptq"])
+@pytest.mark.parametrize("kind", ["fp16", pytest.param("int8", marks=pytest.mark.slow), "int8_ptq"])
 def test_compressed(single: tuple[AprilGAN, Path], tmp_path: Path, kind: str) -> None:
     model, _ = single
     path = model.to_openvino(tmp_path, compression_type=kind)
