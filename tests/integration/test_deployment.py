@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,26 @@ def test_files_that_are_not_ours(single: tuple[AprilGAN, Path], tmp_path: Path) 
     (tmp_path / "other.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"is no file that torch wrote"):
         open_values(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_threshold_that_is_not_a_number_is_refused(single: tuple[AprilGAN, Path], tmp_path: Path, kind: str) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(file_of(single[1], kind).parent, copied, ignore=shutil.ignore_patterns("weights"))
+    path = copied / file_of(single[1], kind).name
+    change(path, {"image": 0.4321})
+    old, new = (np.float32(value).tobytes() for value in (0.4321, np.nan))
+    if kind in {"pt", "ckpt"}:  # whose records have a checksum
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, record in records.items():
+                archive.writestr(name, record.replace(old, new))
+    else:
+        for file in copied.iterdir():
+            file.write_bytes(file.read_bytes().replace(old, new))
+    with pytest.raises(ValueError, match=r"not a number"):
+        open_values(path).read()
 
 
 @pytest.mark.parametrize("kind", KINDS)

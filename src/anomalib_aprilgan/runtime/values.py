@@ -171,6 +171,10 @@ class TorchFile(ValueFile):
         """See the base class."""
         known = {name: place for name, place in self._places.items() if name in BUFFERS}
         columns = {name: np.frombuffer(read_bytes(self.path, place, 4), "<f4") for name, place in known.items()}
+        wrong = [name for name, column in columns.items() if not np.isfinite(column).all()]
+        if wrong:
+            msg = f"{self.path}: {wrong[0]} is not a number. It is damaged, or was edited by hand."
+            raise ValueError(msg)
         return {
             class_name: {name: float(columns[name][row]) for name in columns}
             for row, class_name in enumerate(self.classes)
