@@ -16,13 +16,13 @@ from .printing import say
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure engines and print a Markdown table."""
-    unknown = [name for name in given.engines if name not in ENGINES]
-    if unknown or min(given.batch_sizes) < 1 or given.rounds < 1 or given.k_shot < 0:
-        what = f"--engines must be some of {', '.join(ENGINES)}" if unknown else "numbers must be at least 1"
-        parser.error(f"{what}.")
-    found = measure_engines(
-        given.backbone, given.image_size, given.k_shot, given.engines, given.batch_sizes, given.rounds, given.device
-    )
+    _check(given, parser)
+    try:
+        found = measure_engines(
+            given.backbone, given.image_size, given.k_shot, given.engines, given.batch_sizes, given.rounds, given.device
+        )
+    except ModuleNotFoundError as error:  # an engine is not installed
+        parser.error(str(error))
     if given.json:
         say(json.dumps([asdict(one) for one in found], indent=1))
         return 0
@@ -34,6 +34,20 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     rows = [_row(one) for one in found]
     say(markdown(header, rows))
     return 0
+
+
+def _check(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    unknown = [name for name in given.engines if name not in ENGINES]
+    if unknown:
+        parser.error(f"--engines must be some of {', '.join(ENGINES)}, got {', '.join(unknown)}.")
+    least = {"batch_sizes": (min(given.batch_sizes), 1), "rounds": (given.rounds, 1), "k_shot": (given.k_shot, 0)}
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            parser.error(f"--{name} must be at least {lowest}, got {value}.")
+    try:
+        torch.empty(0, device=given.device)
+    except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device
+        parser.error(f"--device {given.device} cannot be used: {str(error).splitlines()[0]}")
 
 
 def _row(one: Measured) -> list[str]:
