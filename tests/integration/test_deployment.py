@@ -381,6 +381,12 @@ def test_files_that_are_not_ours(single: tuple[AprilGAN, Path], tmp_path: Path) 
         open_values(tmp_path / "other.pt")
 
 
+def test_checkpoints_of_the_first_version_are_told_apart(tmp_path: Path) -> None:
+    path = next((Path(__file__).parents[1] / "data" / "checkpoints_0_1_0").glob("*.ckpt"))
+    with pytest.raises(ValueError, match=r"written by 0\.1\.0.*save"):
+        open_values(Path(shutil.copy(path, tmp_path)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_threshold_that_is_not_a_number_is_refused(single: tuple[AprilGAN, Path], tmp_path: Path, kind: str) -> None:
     copied = tmp_path / "copied"

@@ -221,6 +221,9 @@ def _of_checkpoint(path: Path, content: Content) -> tuple[dict[str, Place], list
     entry = content.get("anomalib_aprilgan") if isinstance(content, dict) else None
     classes = entry.get("classes") if isinstance(entry, dict) else None
     names = {**{name: f"post_processor.{buffer}" for name, buffer in BUFFERS.items()}, "fixed": "post_processor.fixed"}
+    if isinstance(entry, dict) and "format" not in entry:
+        msg = f"{path} was written by 0.1.0. Run AprilGAN with it once, and save a checkpoint of today's form."
+        raise ValueError(msg)
     if not isinstance(tensors, dict) or not isinstance(classes, list) or not all(map(_is_class, classes)):
         msg = f"{path} is no checkpoint of an AprilGAN."
         raise ValueError(msg)
