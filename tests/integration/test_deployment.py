@@ -194,7 +194,7 @@ def test_a_large_image_in_tiles_without_torch(april_gan: Build, tmp_path: Path) 
 
 
 SIGNALLED = """
-import faulthandler, signal, subprocess, sys
+import faulthandler, signal, sys
 faulthandler.enable()
 import _anomalib_aprilgan_startup as startup
 startup.is_light = True

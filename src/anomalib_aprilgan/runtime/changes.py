@@ -42,7 +42,7 @@ def change(path: Path, given: Mapping[str, float], class_name: str | None = None
     _write_history(path, [*history, entry])
     try:
         file.write(row, rounded)
-    except BaseException:
+    except Exception:
         _write_history(path, history)
         raise
     return before, file.read()
